@@ -1,0 +1,189 @@
+"""The training loop, on accelerate: one loop for every adapter and every loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from compress_peft.data.examples import Example
+from compress_peft.errors import ModelError, Problem
+from compress_peft.training.batches import Batch, TokenPair, batches, encode_all
+from compress_peft.training.checkpoint import Progress, load_checkpoint, restore, save_checkpoint, snapshot, trainable
+from compress_peft.training.losses import language_modelling_loss
+from compress_peft.training.settings import TrainingSettings
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training did; the model holds the weights of the best evaluation."""
+
+    progress: Progress
+    total_steps: int
+    stopped_early: bool
+    resumed_from: int
+    trainable_parameters: int
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    settings: TrainingSettings,
+    *,
+    max_length: int,
+    seed: int,
+    checkpoints: Path,
+    loss: Loss = language_modelling_loss,
+) -> TrainingResult:
+    """Train the parameters that require gradients, in place, and keep those of the best validation loss.
+
+    Continues from the newest checkpoint under `checkpoints`, to the same result as without interruption.
+
+    Raises:
+        ModelError: nothing to train, or the loss is not finite.
+    """
+    if not trainable(model):
+        raise ModelError(Problem("finetune", "no parameter requires a gradient", "attach an adapter first"))
+    accelerator = Accelerator(cpu=_device(model).type == "cpu")
+    pairs = encode_all(tokenizer, training, max_length, settings.eos)
+    held_out = encode_all(tokenizer, validation, max_length, settings.eos)
+    total = _total_steps(len(pairs), settings)
+    optimizer: Any = torch.optim.AdamW(
+        trainable(model).values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    schedule: Any = get_scheduler(
+        settings.schedule, optimizer, num_warmup_steps=math.ceil(settings.warmup * total), num_training_steps=total
+    )
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, optimizer = accelerator.prepare(model, optimizer)
+    torch.manual_seed(seed)
+    found = load_checkpoint(checkpoints, model, optimizer.optimizer, schedule)
+    progress, best = found if found else (Progress(), snapshot(model))
+    resumed_from = progress.step
+    patience = settings.patience or math.inf
+    started = time.monotonic() - progress.seconds
+    bar = tqdm(total=total, initial=progress.step, desc="training", unit="step")
+    while progress.step < total and progress.evaluations_without_gain < patience:
+        group = _group(pairs, tokenizer, settings, seed, progress.step)
+        value = _step(accelerator, model, optimizer, group, loss, settings.max_grad_norm)
+        rate = schedule.get_last_lr()[0]
+        schedule.step()
+        progress.step += 1
+        progress.losses.append({"step": progress.step, "loss": value, "learning_rate": rate})
+        bar.set_postfix(loss=f"{value:.4f}")
+        bar.update()
+        last = progress.step == total
+        if progress.step % settings.eval_steps == 0 or last:
+            best = _evaluate(accelerator, model, tokenizer, held_out, settings, loss, progress, best)
+        if progress.step % (settings.checkpoint_steps or settings.eval_steps) == 0 or last:
+            progress.seconds = time.monotonic() - started
+            save_checkpoint(checkpoints, model, optimizer.optimizer, schedule, progress, best)
+    bar.close()
+    restore(model, best)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.eval()
+    count = sum(parameter.numel() for parameter in trainable(model).values())
+    return TrainingResult(progress, total, progress.step < total, resumed_from, count)
+
+
+def validation_loss(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[TokenPair],
+    batch_size: int,
+    loss: Loss = language_modelling_loss,
+) -> float:
+    """Mean loss a response token (nats); the model is in evaluation mode meanwhile."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    by_length = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1]))
+    with torch.no_grad():
+        for batch in batches(pairs, tokenizer, batch_size, by_length):
+            total += loss(model, batch.to(_device(model))).item()
+            count += batch.target_count
+    model.train(was_training)
+    return total / count
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _total_steps(examples: int, settings: TrainingSettings) -> int:
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return max(1, math.ceil(settings.epochs * _steps_per_epoch(examples, settings)))
+
+
+def _steps_per_epoch(examples: int, settings: TrainingSettings) -> int:
+    return math.ceil(examples / (settings.batch_size * settings.gradient_accumulation))
+
+
+def _group(
+    pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings, seed: int, step: int
+) -> list[Batch]:
+    """The batches of optimizer step `step`: a function of seed and step alone, so that a resumed run sees the same."""
+    epoch, place = divmod(step, _steps_per_epoch(len(pairs), settings))
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+    size = settings.batch_size * settings.gradient_accumulation
+    return list(batches(pairs, tokenizer, settings.batch_size, order[place * size : (place + 1) * size]))
+
+
+def _step(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, group: list[Batch], loss: Loss, max_grad_norm: float
+) -> float:
+    """One optimizer step over the group; returns the mean loss a token.
+
+    Every token of the group has the same weight, however the tokens fall into batches.
+    """
+    model.train()
+    count = sum(batch.target_count for batch in group)
+    total = 0.0
+    for batch in group:
+        value = loss(model, batch.to(accelerator.device)) / count
+        accelerator.backward(value)
+        total += value.item()
+    if not math.isfinite(total):
+        fix = "lower training.learning_rate, or check the data and the backbone for infinities"
+        raise ModelError(Problem("finetune", f"the training loss became {total}", fix))
+    if max_grad_norm:
+        accelerator.clip_grad_norm_(trainable(model).values(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def _evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[TokenPair],
+    settings: TrainingSettings,
+    loss: Loss,
+    progress: Progress,
+    best: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Validate, note the result in `progress`, and return the best weights so far."""
+    value = validation_loss(model, tokenizer, held_out, settings.batch_size * 2, loss)
+    progress.validations.append({"step": progress.step, "loss": value})
+    if progress.best_loss is None or value < progress.best_loss:
+        progress.best_loss, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+        return snapshot(model)
+    progress.evaluations_without_gain += 1
+    return best

@@ -1,0 +1,213 @@
+"""PARA in one decoder block (Liu et al., 2025, "Prompt Aware Representation Adjustment", equations 3-6).
+
+    hidden (batch, T, d) -- position prompt_end --> h (batch, d)
+    l = gelu(h W_down) W_up + b                     W_down (d, r), W_up (r, q + v + u), b (q + v + u,)
+    l_q, l_v, l_u = split(l)
+    q_proj(x) * l_q     v_proj(x) * l_v     up_proj(x) * l_u
+
+The vectors are made once per request, from the hidden state of the prompt's last token at the input of each block,
+and kept in that block's layer of the key/value cache; they live and die with the cache. A cache therefore belongs
+to one request: its vectors are those of the prompt that filled it first.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from compress_peft.errors import ConfigError, DataError, ModelError, Problem
+
+SCALED = ("q_proj", "v_proj", "up_proj")
+"""The linear layers of a block whose outputs are multiplied, in the order of the split of eq. 6."""
+
+CANNOT_MERGE = Problem(
+    "PARA",
+    "its vectors depend on the prompt, so no weights are equal to it and peft cannot merge it",
+    'use the merge policy "bundle" (exact: backbone and adapter in one folder) or "static" (mean vectors)',
+)
+
+
+class ParaType(enum.StrEnum):
+    """The peft type; peft's own enum is closed, but its tables take any string."""
+
+    PARA = "PARA"
+
+
+@dataclass
+class ParaConfig(PeftConfig):
+    """What peft saves as adapter_config.json.
+
+    r: width of the bottleneck. activation: a name of transformers' table. init_std: of W_down's normal distribution.
+    layers: numbers of the blocks that get a generator; None for all. target_modules is not used: peft asks for it.
+    """
+
+    r: int = 12
+    activation: str = "gelu"
+    init_std: float = 0.02
+    layers: list[int] | None = None
+    target_modules: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ParaType.PARA
+
+
+def scaled_linears(name: str, block: nn.Module) -> tuple[dict[str, tuple[str, nn.Module]], list[Problem]]:
+    """The block's q_proj, v_proj and up_proj: {role: (name inside the block, module)}, and what is wrong."""
+    found: dict[str, list[tuple[str, nn.Module]]] = {role: [] for role in SCALED}
+    for path, module in block.named_modules():
+        role = path.rpartition(".")[2]
+        if role in found:
+            found[role].append((path, module))
+    problems = []
+    for role, modules in found.items():
+        if len(modules) != 1:
+            what = f"expected one {role}, found {len(modules)}"
+            problems.append(Problem(name, what, "PARA needs blocks with separate q_proj, v_proj and up_proj"))
+        elif not hasattr(modules[0][1], "out_features"):
+            what = f"{role} is a {type(modules[0][1]).__name__}, expected a linear layer"
+            problems.append(Problem(name, what, "attach PARA to a model whose projections are linear layers"))
+    return {role: modules[0] for role, modules in found.items() if modules}, problems
+
+
+class ParaLayer(GradientCheckpointingLayer, BaseTunerLayer):
+    """A decoder block with its vector generators, one for each named adapter.
+
+    It is checkpointed in place of the block, so that a recomputation makes the vectors again.
+    """
+
+    adapter_layer_names = ("para_down", "para_up", "para_bias")
+    other_param_names = ("para_activation",)
+    base_layer: Any
+
+    def __init__(self, block: nn.Module, index: int, linears: dict[str, tuple[str, Any]]):
+        super().__init__()
+        self.base_layer = block
+        self.index = index
+        self.scaled_names = {role: path for role, (path, _) in linears.items()}
+        modules = [linears[role][1] for role in SCALED]
+        self.hidden_size: int = modules[0].in_features
+        self.widths: list[int] = [module.out_features for module in modules]
+        self.para_down = nn.ParameterDict()
+        self.para_up = nn.ParameterDict()
+        self.para_bias = nn.ParameterDict()
+        self.para_activation: dict[str, str] = {}
+        self.gradient_checkpointing = getattr(block, "gradient_checkpointing", False)
+        if hasattr(block, "_gradient_checkpointing_func"):
+            self._gradient_checkpointing_func = block._gradient_checkpointing_func
+        self._vectors: tuple[Tensor, ...] | None = None
+        scalers = (self._scale_query, self._scale_value, self._scale_up)
+        self._hooks = [module.register_forward_hook(hook) for module, hook in zip(modules, scalers, strict=True)]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def update_layer(self, adapter_name: str, config: ParaConfig, inference_mode: bool = False) -> None:
+        """Adds a generator in float32: W_down normal, W_up zero, b one, so that all vectors are exactly one."""
+        device = next(self.base_layer.parameters()).device
+        make: dict[str, Any] = dict(dtype=torch.float32, device=device)
+        width = sum(self.widths)
+        self.para_down[adapter_name] = nn.Parameter(torch.randn(self.hidden_size, config.r, **make) * config.init_std)
+        self.para_up[adapter_name] = nn.Parameter(torch.zeros(config.r, width, **make))
+        self.para_bias[adapter_name] = nn.Parameter(torch.ones(width, **make))
+        self.para_activation[adapter_name] = config.activation
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if len(names) > 1:
+            what = f"{len(names)} adapters are active at once: {', '.join(names)}"
+            raise ConfigError(Problem("PARA", what, "activate one: model.set_adapter(name)"))
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    @property
+    def generator(self) -> str | None:
+        """Name of the adapter whose generator runs in this block now; None when there is none."""
+        if self.disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.para_down), None)
+
+    def make_vectors(self, hidden_states: Tensor, prompt_end: Tensor, name: str) -> Tensor:
+        """Eq. 6. hidden_states (batch, T, d) at the block's input, prompt_end (batch,) -> (batch, q + v + u)."""
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        activation = ACT2FN[self.para_activation[name]]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            pooled = hidden_states[rows, prompt_end.to(hidden_states.device)].float()
+            down, up, bias = (part[name].float() for part in (self.para_down, self.para_up, self.para_bias))
+            return activation(pooled @ down) @ up + bias
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, prompt_end: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, ...]:
+        """hidden_states: (batch, T, d). prompt_end: (batch,), or None where the cache holds the vectors."""
+        if getattr(self.base_layer, "gradient_checkpointing", False):
+            self.base_layer.gradient_checkpointing = False  # this wrapper is the checkpoint
+        name = self.generator
+        if name is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if prompt_end is None:
+            vectors = self._cached_vectors(cache, name, hidden_states.shape[0])
+        else:
+            vectors = self.make_vectors(hidden_states, prompt_end, name)
+        self._vectors = vectors.split(self.widths, dim=-1)
+        try:
+            output = self.base_layer(hidden_states, *args, **kwargs)
+        finally:
+            self._vectors = None
+        if cache is not None:  # after the block: some caches make their layers on the first update
+            cache.layers[self.index].para_vectors = {name: vectors}
+        return output
+
+    def _cached_vectors(self, cache: Any, name: str, batch: int) -> Tensor:
+        if cache is None:
+            what = "no prompt_end has arrived at this block"
+            fix = "call the causal language model itself, of a kind that passes unknown keywords on to its blocks"
+            raise ModelError(Problem(f"block {self.index}", what, fix))
+        stored = getattr(cache.layers[self.index], "para_vectors", {}) if self.index < len(cache.layers) else {}
+        if name not in stored:
+            what = f'the cache was filled without the vectors of the adapter "{name}"'
+            fix = "start each request with an empty cache, and keep the adapter that filled it"
+            raise DataError(Problem("past_key_values", what, fix))
+        vectors = stored[name]  # (rows when the prompt was processed, q + v + u)
+        if batch % vectors.shape[0]:
+            what = f"the cache was filled by {vectors.shape[0]} rows and is used by {batch}"
+            raise DataError(Problem("past_key_values", what, "repeat whole rows (batch_repeat_interleave)"))
+        return vectors.repeat_interleave(batch // vectors.shape[0], dim=0) if batch != vectors.shape[0] else vectors
+
+    def _scale(self, part: int, output: Tensor) -> Tensor | None:
+        if self._vectors is None:
+            return None
+        return (output * self._vectors[part][:, None, :]).to(output.dtype)  # the product in float32
+
+    def _scale_query(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return self._scale(0, output)
+
+    def _scale_value(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return self._scale(1, output)
+
+    def _scale_up(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return self._scale(2, output)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ConfigError(CANNOT_MERGE)
+
+    def release(self) -> None:
+        """Leaves the block as it was before."""
+        for hook in self._hooks:
+            hook.remove()
+        if hasattr(self.base_layer, "gradient_checkpointing"):
+            self.base_layer.gradient_checkpointing = self.gradient_checkpointing

@@ -1,0 +1,64 @@
+"""What all merge policies share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from compress_peft.errors import ConfigError, Problem
+from compress_peft.registry import Method, Registry
+
+Calibration = Iterable[Mapping[str, Tensor] | Any]
+"""Batches of prompts: mappings, or objects with attributes, of input_ids and attention_mask (batch, T), and where
+the prompt does not end with the row's last real token, prompt_end (batch,)."""
+
+
+class Merger(Method):
+    """A way of making one deployable model of backbone and adapter."""
+
+    policy: str
+
+    needs_calibration: ClassVar[bool] = False
+    """Whether `merge` needs prompts."""
+
+    refuses: ClassVar[dict[str, str]] = {}
+    """State of the backbone ("quantized", ...) that this policy cannot take -> why."""
+
+    exact: ClassVar[bool] = True
+    """Whether the merged model computes the same as the adapted one (up to rounding)."""
+
+    def problems(self, model: PeftModel) -> list[Problem]:
+        """Why this policy cannot take this model; empty when it can."""
+        return []
+
+    def merge(self, model: PeftModel, calibration: Calibration | None = None) -> nn.Module:
+        """The deployable model. `model` is used up, unless the policy says otherwise.
+
+        Raises:
+            ConfigError: the policy does not fit the adapter or the backbone, with all reasons; nothing is changed.
+            DataError: calibration prompts are needed and there are none.
+        """
+        if not isinstance(model, PeftModel):
+            raise ConfigError(Problem("merge", f"a {type(model).__name__} has no adapter", "fine-tune it first"))
+        problems = self.problems(model)
+        if problems:
+            raise ConfigError(problems)
+        return self._merge(model, calibration)
+
+    def _merge(self, model: PeftModel, calibration: Calibration | None) -> nn.Module:
+        raise NotImplementedError
+
+
+MERGERS: Registry[Merger] = Registry("merge policy", "policy")
+
+
+def adapter_kind(model: PeftModel) -> str:
+    """The active adapter's method as peft names it, e.g. "LORA"; "none" without one."""
+    active = model.active_adapters
+    if not active or active[0] not in model.peft_config:
+        return "none"
+    kind = model.peft_config[active[0]].peft_type
+    return str(getattr(kind, "value", kind))

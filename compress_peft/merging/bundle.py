@@ -1,0 +1,47 @@
+"""Merging nothing: backbone and adapter stay two, and travel in one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from compress_peft.errors import ModelError, Problem
+from compress_peft.merging.base import MERGERS, Calibration, Merger
+from compress_peft.models.bundle import backbone_folder, is_bundle, load_adapter, save_bundle
+
+__all__ = ["Bundle", "backbone_folder", "is_bundle", "load_adapter", "load_bundle", "save_bundle"]
+
+
+@MERGERS.register
+class Bundle(Merger):
+    """Backbone and adapter in one self-contained folder, loaded by one call: exact for every adapter."""
+
+    exact: ClassVar[bool] = True
+
+    policy: Literal["bundle"] = "bundle"
+
+    def _merge(self, model: PeftModel, calibration: Calibration | None) -> nn.Module:
+        """The very model: in memory nothing changes, and save_folder writes it as a bundle."""
+        return model
+
+
+def load_bundle(folder: str | Path, dtype: torch.dtype | str = "auto", **settings: Any) -> PeftModel:
+    """The adapted model of a bundle, in evaluation mode. settings: go to AutoModelForCausalLM.from_pretrained.
+
+    Raises:
+        ModelError: the folder is not a bundle.
+    """
+    import compress_peft.models.hf_quantizer  # noqa: F401  makes compressed folders loadable
+
+    if not is_bundle(folder):
+        fix = "give a folder that the merge policy bundle wrote"
+        raise ModelError(Problem(str(folder), "is not a bundle", fix))
+    backbone = AutoModelForCausalLM.from_pretrained(
+        backbone_folder(folder), dtype=dtype, use_safetensors=True, **settings
+    )
+    return load_adapter(backbone, folder).eval()

@@ -1,0 +1,132 @@
+"""Answers generated freely, and two ways to judge them: exact match and GSM8K's final number."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from compress_peft.data.encode import encode_example, left_pad, padding_id
+from compress_peft.data.examples import Example
+from compress_peft.errors import DataError, Problem
+from eval.records import Accuracy
+
+NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    batch_size: int = 8,
+    max_length: int = 2048,
+    stop: tuple[str, ...] = (),
+    progress: bool = True,
+) -> list[str]:
+    """The continuation of each prompt by greedy or beam search, in the order of `examples`.
+
+    max_length: of prompt and answer together; longer prompts lose their start.
+    stop: strings that end an answer; they and what follows are cut off.
+
+    Raises:
+        DataError: no examples, or max_new_tokens leaves no room for a prompt.
+    """
+    if not examples:
+        raise DataError(Problem("examples", "there are none to answer", "check the test split"))
+    if max_new_tokens >= max_length:
+        raise DataError(Problem("max_new_tokens", f"{max_new_tokens} is not below max_length {max_length}"))
+    prompts = [
+        encode_example(tokenizer, example.prompt, "", max_length=max_length - max_new_tokens, eos=False)[0]
+        for example in examples
+    ]
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    answers = [""] * len(prompts)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with tqdm(total=len(order), desc="generation", unit="example", disable=not progress, leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            input_ids, mask = left_pad([prompts[index] for index in batch], padding_id(tokenizer))
+            output = model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                num_beams=num_beams,
+                pad_token_id=padding_id(tokenizer),
+                **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
+            )
+            texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = _cut(text, stop)
+            bar.update(len(batch))
+    model.train(was_training)
+    return answers
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> str:
+    for mark in stop:
+        text = text.split(mark, 1)[0]
+    return text
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalization (Rajpurkar et al. 2016): lower case, no punctuation, no articles, single spaces."""
+    text = "".join(char for char in text.lower() if char not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answers: Sequence[str], examples: Sequence[Example], task: str = "") -> Accuracy:
+    """Share of answers equal to the response after `normalize_answer`."""
+    return Accuracy.from_answers(
+        "exact match",
+        [normalize_answer(answer) for answer in answers],
+        [normalize_answer(example.response) for example in examples],
+        task,
+    )
+
+
+def gsm8k_number(text: str, mode: Literal["strict", "flexible"]) -> str | None:
+    """The final number of a GSM8K solution (Cobbe et al. 2021), without thousands separators and "$".
+
+    strict: the number after "####". flexible: the last number of the text. None where there is none.
+    """
+    found = re.findall(rf"####\s*({NUMBER})", text)[:1] if mode == "strict" else re.findall(NUMBER, text)[-1:]
+    if not found:
+        return None
+    number = found[0].replace(",", "").replace("$", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+def gsm8k_accuracy(
+    answers: Sequence[str],
+    examples: Sequence[Example],
+    mode: Literal["strict", "flexible"],
+    task: str = "GSM8K",
+) -> Accuracy:
+    """Share of answers whose number equals the reference's (after "####"); no number is wrong.
+
+    Raises:
+        DataError: a reference has no "#### number".
+    """
+    references = [gsm8k_number(example.response, "strict") for example in examples]
+    missing = [index for index, number in enumerate(references) if number is None]
+    if missing:
+        raise DataError(
+            Problem(f"examples[{missing[0]}]", f"{len(missing)} references have no '#### number'", "use GSM8K data")
+        )
+    given = [gsm8k_number(answer, mode) or "" for answer in answers]
+    return Accuracy.from_answers(f"final number, {mode}", given, [number or "" for number in references], task)

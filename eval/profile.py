@@ -1,0 +1,316 @@
+"""Memory and speed of a saved model, measured in a fresh process.
+
+    python -m eval.profile --model FOLDER --json OUT [--device cpu --dtype auto --prompt-tokens 128 ...]
+
+The process imports the libraries (baseline), loads the folder (peak at load), warms up, then repeats prefill and
+greedy decoding of a fixed number of tokens through the key/value cache (peak at run). On Linux the kernel's
+high-water mark of the resident set is reset between phases; elsewhere a thread samples the resident set. On CUDA
+the allocator's statistics are used. Loading ends when every weight has been read once: a memory-mapped checkpoint is
+otherwise brought in by the first run, and would look as if it needed no memory to load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from compress_peft.errors import MissingRequirement, ModelError, Problem, UserError
+from eval.records import Latency, Memory, Record, Timing
+
+USER_ERROR = 2
+
+
+class ProfileSettings(Record):
+    """What one profile runs."""
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    """"auto", "float32", "bfloat16" or "float16", of activations and uncompressed weights."""
+    prompt_tokens: int = Field(default=128, ge=1)
+    new_tokens: int = Field(default=24, ge=2)
+    """The first one comes out of the prefill, so that decoding is timed over one less."""
+    batch: int = Field(default=1, ge=1)
+    repeats: int = Field(default=3, ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of torch; None leaves its default."""
+    trust_remote_code: bool = False
+    timeout_seconds: float = 1800.0
+
+
+class ProfileResult(Record):
+    memory: Memory
+    latency: Latency
+
+
+class _ProfileFailure(Record):
+    """What the child hands over when the user has to act: (where, what, fix) of each problem."""
+
+    problems: tuple[tuple[str, str, str], ...]
+
+
+def profile_folder(
+    folder: str | Path, settings: ProfileSettings | None = None, adapter: str | Path | None = None
+) -> tuple[Memory, Latency]:
+    """Runs `python -m eval.profile` on a folder and returns what it measured.
+
+    adapter: folder of an adapter to attach to the model.
+
+    Raises:
+        ModelError: the child refused the model; its problems are passed on.
+        MissingRequirement: the child was killed (out of memory), or took longer than the settings allow.
+        RuntimeError: the child crashed; the end of its error output is in the message.
+    """
+    settings = settings or ProfileSettings()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "profile.json"
+        command = [sys.executable, "-m", "eval.profile", "--model", str(folder), "--json", str(result)]
+        if adapter is not None:
+            command += ["--adapter", str(adapter)]
+        for field, value in settings.model_dump(exclude={"timeout_seconds"}).items():
+            option = "--" + field.replace("_", "-")
+            if value is True:
+                command.append(option)
+            elif value is not None and value is not False:
+                command += [option, str(value)]
+        search = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=settings.timeout_seconds, env=environment
+            )
+        except subprocess.TimeoutExpired as error:
+            what = f"loading and running it took longer than {settings.timeout_seconds:.0f} s"
+            fix = "profile fewer tokens or repeats, or allow more time"
+            raise MissingRequirement(Problem(str(folder), what, fix)) from error
+        if done.returncode == USER_ERROR and result.exists():
+            failure = _ProfileFailure.model_validate_json(result.read_text())
+            raise ModelError(Problem(*problem) for problem in failure.problems)
+        if done.returncode < 0:
+            what = f"the process that measures it was killed by signal {-done.returncode}, likely for want of memory"
+            fix = "close other programs, or use a smaller model, batch or prompt"
+            raise MissingRequirement(Problem(str(folder), what, fix))
+        if done.returncode != 0:
+            tail = "\n".join(done.stderr.strip().splitlines()[-25:])
+            raise RuntimeError(f"profiling {folder} failed with exit code {done.returncode}:\n{tail}")
+        measured = ProfileResult.model_validate_json(result.read_text())
+    return measured.memory, measured.latency
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the child; 0 done, 2 the user has to act."""
+    parser = argparse.ArgumentParser(prog="python -m eval.profile", description="Memory and speed of a saved model.")
+    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--adapter", help="folder of an adapter to attach")
+    parser.add_argument("--json", help="file for the result; printed where it is not given")
+    defaults = ProfileSettings()
+    parser.add_argument("--device", default=defaults.device)
+    parser.add_argument("--dtype", default=defaults.dtype, choices=("auto", "float32", "bfloat16", "float16"))
+    for name in ("prompt_tokens", "new_tokens", "batch", "repeats"):
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(defaults, name))
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--trust-remote-code", action="store_true")
+    given = vars(parser.parse_args(argv))
+    folder, target, adapter = given.pop("model"), given.pop("json"), given.pop("adapter")
+    try:
+        settings = ProfileSettings(**given)
+    except ValidationError as error:
+        parser.error(str(error))
+    try:
+        text = measure(folder, settings, adapter).model_dump_json(indent=1)
+        code = 0
+    except UserError as error:
+        problems = tuple((p.where, p.what, p.fix) for p in error.problems)
+        text, code = _ProfileFailure(problems=problems).model_dump_json(), USER_ERROR
+        print(error, file=sys.stderr)
+    if target:
+        Path(target).write_text(text)
+    elif code == 0:
+        print(text)
+    return code
+
+
+def measure(folder: str, settings: ProfileSettings, adapter: str | None = None) -> ProfileResult:
+    """The measurement itself, in this process: call it in a fresh one.
+
+    Raises:
+        UserError: the folder cannot be loaded, or the model has too few positions.
+    """
+    import torch
+
+    from compress_peft.loading import load  # its imports belong to the baseline
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    gauge = _Gauge(device)
+    baseline = gauge.restart()
+    start = time.perf_counter()
+    model, _ = load(
+        folder,
+        device=device,
+        dtype=settings.dtype,
+        adapter=adapter,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    _touch(model)
+    load_seconds = time.perf_counter() - start
+    load_peak = gauge.peak()
+    limit = getattr(model.config, "max_position_embeddings", None)
+    total = settings.prompt_tokens + settings.new_tokens
+    if limit is not None and total > limit:
+        what = f"{total} tokens (prompt and new ones) exceed the model's {limit} positions"
+        raise ModelError(Problem("profile", what, "lower prompt_tokens or new_tokens"))
+    gauge.restart()
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(vocabulary, (settings.batch, settings.prompt_tokens), generator=generator).to(device)
+    _decode(model, prompt, min(3, settings.new_tokens))
+    runs = [_decode(model, prompt, settings.new_tokens) for _ in range(settings.repeats)]
+    new_per_run = settings.batch * (settings.new_tokens - 1)
+    memory = Memory(
+        baseline_bytes=baseline,
+        load_peak_bytes=load_peak,
+        run_peak_bytes=gauge.peak(),
+        kv_cache_bytes=runs[-1].cache_bytes,
+        method=gauge.method,
+    )
+    gauge.close()
+    latency = Latency(
+        prefill_seconds=Timing.from_values([run.prefill for run in runs]),
+        decode_tokens_per_second=Timing.from_values([new_per_run / run.decode for run in runs]),
+        batch=settings.batch,
+        prompt_tokens=settings.prompt_tokens,
+        new_tokens=settings.new_tokens,
+        repeats=settings.repeats,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        dtype=str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
+        load_seconds=load_seconds,
+    )
+    return ProfileResult(memory=memory, latency=latency)
+
+
+def _touch(model: Any) -> None:
+    """Reads one element of every page of every weight."""
+    from compress_peft.weights.compressed import CompressedWeight
+
+    for weight in [*model.parameters(), *model.buffers()]:
+        parts = weight.components().values() if isinstance(weight, CompressedWeight) else [weight.data]
+        for part in parts:
+            if part.device.type == "cpu":
+                part.flatten()[:: 4096 // part.element_size()].sum()
+
+
+class _Run(Record):
+    prefill: float
+    decode: float
+    cache_bytes: int
+
+
+def _decode(model: Any, prompt: Any, new_tokens: int) -> _Run:
+    """Prefill and `new_tokens` greedy tokens, whatever they are (an end of text does not stop it)."""
+    import torch
+    from transformers import DynamicCache
+
+    from compress_peft.models.prompts import prompt_kwargs
+
+    def now() -> float:
+        if prompt.device.type == "cuda":
+            torch.cuda.synchronize(prompt.device)
+        return time.perf_counter()
+
+    prompt_end = torch.full((prompt.shape[0],), prompt.shape[1] - 1, device=prompt.device)
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        inputs = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        start = now()
+        logits = model(input_ids=prompt, **inputs, **prompt_kwargs(model, prompt_end)).logits
+        token = logits[:, -1:].argmax(dim=-1)
+        middle = now()
+        for _ in range(new_tokens - 1):
+            token = model(input_ids=token, **inputs).logits[:, -1:].argmax(dim=-1)
+        end = now()
+    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    cache_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return _Run(prefill=middle - start, decode=end - middle, cache_bytes=cache_bytes)
+
+
+class _Gauge:
+    """Peak memory since the last restart, in bytes."""
+
+    def __init__(self, device: Any):
+        import psutil
+        import torch
+
+        self._device = device
+        self._process = psutil.Process()
+        self._sampled = 0
+        self._stop: threading.Event | None = None
+        if device.type == "cuda":
+            self._read, self.method = lambda: torch.cuda.max_memory_allocated(device), "CUDA allocator"
+        elif self._can_reset_high_water():
+            self._read, self.method = _high_water, "VmHWM"
+        else:
+            self._read, self.method = lambda: max(self._sampled, self._process.memory_info().rss), "sampled RSS"
+            self._stop = threading.Event()
+            threading.Thread(target=self._sample, args=(self._stop,), daemon=True).start()
+
+    def restart(self) -> int:
+        """Forgets the peak; returns what is in use now."""
+        import torch
+
+        if self.method == "CUDA allocator":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return torch.cuda.memory_allocated(self._device)
+        if self.method == "VmHWM":
+            self._reset_high_water()
+        self._sampled = 0
+        return self._process.memory_info().rss
+
+    def peak(self) -> int:
+        return self._read()
+
+    def close(self) -> None:
+        if self._stop is not None:
+            self._stop.set()
+
+    @staticmethod
+    def _reset_high_water() -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def _can_reset_high_water(self) -> bool:
+        """Some containers accept the request and do nothing: try it on 64 MiB."""
+        if not Path("/proc/self/status").exists():
+            return False
+        block = b"\1" * 2**26
+        before = _high_water()
+        del block
+        return self._reset_high_water() and _high_water() < before - 2**25
+
+    def _sample(self, stop: threading.Event) -> None:
+        while not stop.wait(0.005):
+            self._sampled = max(self._sampled, self._process.memory_info().rss)
+
+
+def _high_water() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""What is measured and what a run leaves behind: the schema of report.json.
+
+All records are frozen and survive a JSON round trip. Sizes are bytes, times seconds, shares between 0 and 1,
+unless the field says otherwise. `RunReport` is the only source of report.md and report.html.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class Record(BaseModel):
+    """Base of all records. Infinity and NaN are written as strings, so that the JSON stays standard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+
+class Accuracy(Record):
+    """Share of examples answered correctly."""
+
+    metric: str
+    """What counts as the answer, e.g. "choice" (most likely candidate) or "choice per token"."""
+    task: str = ""
+    """Name of the data, e.g. "bbc topics, test"."""
+    n: int
+    """Number of examples."""
+    correct: int
+    value: float
+    low: float
+    """Lower end of the Wilson score interval."""
+    high: float
+    confidence: float = 0.95
+    predictions: tuple[str, ...]
+    """The answer given to each example, in the order of the data."""
+    references: tuple[str, ...]
+    hits: tuple[bool, ...]
+    """Whether each prediction counts as correct."""
+
+    @classmethod
+    def from_answers(
+        cls,
+        metric: str,
+        predictions: list[str],
+        references: list[str],
+        task: str = "",
+        hits: list[bool] | None = None,
+    ) -> Accuracy:
+        """Counts and interval; an answer is right where it equals its reference, unless `hits` is given.
+
+        Raises:
+            ValueError: no examples, or lists of different lengths.
+        """
+        from scipy.stats import binomtest
+
+        if not references or len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references: need equal, > 0")
+        if hits is None:
+            hits = [given == wanted for given, wanted in zip(predictions, references, strict=True)]
+        correct = sum(hits)
+        interval = binomtest(correct, len(hits)).proportion_ci(confidence_level=0.95, method="wilson")
+        return cls(
+            metric=metric,
+            task=task,
+            n=len(hits),
+            correct=correct,
+            value=correct / len(hits),
+            low=float(interval.low),
+            high=float(interval.high),
+            predictions=tuple(predictions),
+            references=tuple(references),
+            hits=tuple(hits),
+        )
+
+
+class Perplexity(Record):
+    """exp(mean negative log-likelihood) of held-out text in independent blocks."""
+
+    value: float
+    low: float
+    """Lower end of a t-interval over the blocks' mean log-likelihoods."""
+    high: float
+    confidence: float = 0.95
+    tokens: int
+    """Number of predicted tokens."""
+    block_size: int
+    block_nll: tuple[float, ...]
+    """Mean negative log-likelihood of each block, in nats per token."""
+    protocol: str
+    text_sha256: str
+    """Checksum of the token ids: two figures compare only where it is equal."""
+
+
+class Storage(Record):
+    """Where the bytes are; a tensor that is shared (a tied head) counts once."""
+
+    codes: int = 0
+    scales: int = 0
+    dense_linear: int = 0
+    embeddings: int = 0
+    """Token embeddings and the output head."""
+    adapter: int = 0
+    other: int = 0
+    """Norms, biases outside linear layers, buffers."""
+    parameters: int = 0
+    """Logical number of backbone weights (a 4-bit weight counts as one)."""
+    adapter_parameters: int = 0
+    trainable_parameters: int = 0
+    quantized_layers: int = 0
+    bits_per_weight: float | None = None
+    """All storage of the quantized linear layers over their number of weights; None where there are none."""
+    disk_bytes: int | None = None
+    """All files of the folder; None where the stage was not saved."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.codes + self.scales + self.dense_linear + self.embeddings + self.adapter + self.other
+
+
+class Memory(Record):
+    """Peak memory in a fresh process that only loads and runs the model."""
+
+    baseline_bytes: int
+    """After the imports, before the model."""
+    load_peak_bytes: int
+    run_peak_bytes: int
+    """During prefill and decoding, after loading."""
+    kv_cache_bytes: int = 0
+    """Keys and values at the end of the generation."""
+    method: str
+    """Where the figures come from: VmHWM, sampled resident set, or the CUDA allocator."""
+
+
+class Timing(Record):
+    """Repeated measurement of one quantity; the unit stands in the field that holds it."""
+
+    values: tuple[float, ...]
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def from_values(cls, values: list[float]) -> Timing:
+        import statistics
+
+        return cls(values=tuple(values), median=statistics.median(values), min=min(values), max=max(values))
+
+
+class Latency(Record):
+    """Speed of greedy decoding through the key/value cache, in a fresh process, after a warm-up."""
+
+    prefill_seconds: Timing
+    """Time to process the prompt and choose the first token."""
+    decode_tokens_per_second: Timing
+    """New tokens of all rows together per second, prefill not counted."""
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    threads: int
+    device: str
+    dtype: str
+    load_seconds: float
+
+
+class StageRecord(Record):
+    """All measurements of the model at one point of the run; None or empty: not measured there."""
+
+    name: str
+    """e.g. "original", "compressed", "fine-tuned", "merged (bundle)", "exported"."""
+    accuracies: tuple[Accuracy, ...] = ()
+    """The first one is the run's main metric."""
+    perplexity: Perplexity | None = None
+    storage: Storage | None = None
+    memory: Memory | None = None
+    latency: Latency | None = None
+    seconds: float = 0.0
+    """What the measurement took."""
+    details: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        return self.accuracies[0] if self.accuracies else None
+
+
+class CurvePoint(Record):
+    step: int
+    value: float
+
+
+class Curve(Record):
+    """A quantity over the optimizer's steps."""
+
+    name: str
+    """Legend, e.g. "training" or "validation"."""
+    metric: str = "loss"
+    points: tuple[CurvePoint, ...]
+
+
+class StepRecord(Record):
+    """One step of the pipeline."""
+
+    name: str
+    seconds: float
+    details: dict[str, Any] = {}
+    resumed: bool = False
+    """True where the result was taken from an earlier, interrupted run."""
+
+
+class SplitFacts(Record):
+    name: str
+    size: int
+    sha256: str
+
+
+class DataFacts(Record):
+    name: str
+    source: str = ""
+    licence: str = ""
+    splits: tuple[SplitFacts, ...] = ()
+    details: dict[str, Any] = {}
+
+
+class ModelFacts(Record):
+    name: str
+    source: str = ""
+    architecture: str = ""
+    parameters: int = 0
+    details: dict[str, Any] = {}
+
+
+class Machine(Record):
+    cpu: str
+    cpu_features: tuple[str, ...] = ()
+    """Instruction sets that matter for matrix products, e.g. "avx2"."""
+    physical_cores: int
+    logical_cores: int
+    threads: int
+    """Threads that torch uses."""
+    ram_bytes: int
+    os: str
+    python: str
+    versions: dict[str, str] = {}
+    gpus: tuple[str, ...] = ()
+    read_bandwidth: float | None = None
+    """Bytes per second, best of a few reads of a large array; None where it was not measured."""
+
+
+class RunReport(Record):
+    """Everything known about one run, enough to repeat it."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    title: str = ""
+    started: datetime
+    finished: datetime
+    command: str
+    """The command line that repeats the run."""
+    recipe: dict[str, Any]
+    """The resolved recipe, defaults included."""
+    seed: int
+    machine: Machine
+    model: ModelFacts
+    data: tuple[DataFacts, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    stages: tuple[StageRecord, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _unique_stages(self) -> RunReport:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, got {names}")
+        return self

@@ -1,0 +1,93 @@
+"""Bytes of a model's tensors, by what they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress_peft.weights.compressed import CompressedWeight
+from eval.forward import transformers_model
+from eval.records import Storage
+
+
+def measure_storage(model: nn.Module, folder: str | Path | None = None) -> Storage:
+    """Counts every parameter and buffer once, also where several modules share it.
+
+    folder: where the stage is saved, for `disk_bytes`.
+    """
+    owners = _owners(model)
+    totals = dict.fromkeys(("codes", "scales", "dense_linear", "embeddings", "adapter", "other"), 0)
+    parameters = adapter_parameters = trainable = layers = 0
+    quantized_bytes = quantized_weights = 0
+    seen: set[Any] = set()
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        key = id(tensor) if isinstance(tensor, CompressedWeight) else _identity(tensor)
+        if key in seen:
+            continue
+        seen.add(key)
+        kind = _kind(name, owners, model)
+        if isinstance(tensor, CompressedWeight):
+            for part, component in tensor.components().items():
+                totals["codes" if part == tensor.component_names[0] else "scales"] += _bytes(component)
+            layers += 1
+            parameters += tensor.numel()
+            quantized_weights += tensor.numel()
+            quantized_bytes += tensor.storage_bytes
+            continue
+        totals[kind] += _bytes(tensor)
+        if isinstance(tensor, nn.Parameter):
+            trainable += tensor.numel() if tensor.requires_grad else 0
+            if kind == "adapter":
+                adapter_parameters += tensor.numel()
+            else:
+                parameters += tensor.numel()
+    return Storage(
+        **totals,
+        parameters=parameters,
+        adapter_parameters=adapter_parameters,
+        trainable_parameters=trainable,
+        quantized_layers=layers,
+        bits_per_weight=8 * quantized_bytes / quantized_weights if quantized_weights else None,
+        disk_bytes=folder_bytes(folder) if folder is not None else None,
+    )
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Sum of the sizes of all files below a folder, or of one file."""
+    path = Path(folder)
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Tied tensors have one address; an empty tensor has none, so it gets its own."""
+    return (tensor.device, tensor.data_ptr() or id(tensor), tensor.numel())
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _kind(name: str, owners: dict[str, nn.Module], model: nn.Module) -> str:
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # of peft's tuner, e.g. "lora_"
+    parts = name.split(".")
+    if hasattr(model, "peft_config") and any(
+        (prefix and part.startswith(prefix)) or part in ("modules_to_save", "prompt_encoder") for part in parts
+    ):
+        return "adapter"
+    owner = owners[name.rpartition(".")[0]]
+    causal_lm = transformers_model(model)
+    if isinstance(owner, nn.Embedding) or owner in (
+        causal_lm.get_input_embeddings(),
+        causal_lm.get_output_embeddings(),
+    ):
+        return "embeddings"
+    return "dense_linear" if isinstance(owner, nn.Linear) else "other"

@@ -50,9 +50,7 @@ class Registry(Generic[M]):
 
     def __getitem__(self, name: str) -> type[M]:
         if name not in self._methods:
-            raise ConfigError(
-                Problem(self.tag, f'unknown {self.kind} "{name}"', did_you_mean(name, self._methods))
-            )
+            raise ConfigError(Problem(self.tag, f'unknown {self.kind} "{name}"', did_you_mean(name, self._methods)))
         return self._methods[name]
 
     def __iter__(self) -> Iterator[str]:

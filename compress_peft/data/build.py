@@ -61,7 +61,7 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str | None = None
-    """bbc_news, gsm8k, a file (.jsonl, .json, .csv, .tsv, .parquet) or a hub id; not needed if each split has a file."""
+    """bbc_news, gsm8k, a file (.jsonl .json .csv .tsv .parquet) or a hub id; not needed if each split has its own."""
     subset: str | None = None
     """The configuration of a hub data set."""
     prompt: str
@@ -146,8 +146,8 @@ def build_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Ta
     if problems:
         raise DataError(problems)
     drawn = {}
-    for name, records in sources.items():
-        unique = {_key(settings, record, tokenizer): record for record in records}
+    for name, found in sources.items():
+        unique = {_key(settings, record, tokenizer): record for record in found}
         keys = sorted(unique)  # the order of the file must not matter, only the seed
         random.Random(settings.seed).shuffle(keys)
         drawn[name] = {key: unique[key] for key in keys}
@@ -158,8 +158,7 @@ def build_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Ta
     classes = _classes(settings, records["train"])
     _refuse_unknown_classes(settings, records, classes)
     made = {
-        name: tuple(_example(settings, record, classes, tokenizer) for record in part)
-        for name, part in records.items()
+        name: tuple(_example(settings, record, classes, tokenizer) for record in part) for name, part in records.items()
     }
     return TaskData(**made, origin=origin, duplicates_dropped=dropped)
 
@@ -230,9 +229,7 @@ def _refuse_overlap(splits: dict[str, Keyed]) -> None:
         raise DataError(problems)
 
 
-def _refuse_unknown_classes(
-    settings: DataSettings, records: dict[str, list[Record]], classes: tuple[str, ...]
-) -> None:
+def _refuse_unknown_classes(settings: DataSettings, records: dict[str, list[Record]], classes: tuple[str, ...]) -> None:
     responses = [_render(settings.response, record) for part in records.values() for record in part]
     unknown = sorted({response for response in responses if classes and response not in classes})
     if unknown:

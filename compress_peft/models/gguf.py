@@ -64,9 +64,7 @@ def convert_gguf(path: Path) -> ResolvedModel:
         logging.get_logger(__name__).info("converting %s once into %s", path, target)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         except (ValueError, KeyError, RuntimeError) as error:
             raise ModelError(
                 Problem(str(path), f"transformers cannot convert it: {error}", "use a Hugging Face folder instead")
@@ -81,7 +79,7 @@ def convert_gguf(path: Path) -> ResolvedModel:
             (folder / FACTS).write_text(json.dumps(facts, indent=2))
     facts = json.loads((target / FACTS).read_text())
     lossy = {name: n for name, n in facts["tensor_types"].items() if name not in {"F32", "F16", "BF16"}}
-    notes = ()
+    notes: tuple[str, ...] = ()
     if lossy:
         kinds = ", ".join(f"{n} tensors of {name}" for name, n in sorted(lossy.items()))
         notes = (

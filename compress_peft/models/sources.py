@@ -1,10 +1,10 @@
 """Where a model comes from. Every source ends as one local folder in Hugging Face layout with safetensors.
 
-    /path/to/folder        a Hugging Face folder, or one that this project wrote
-    org/name               a hub repository, optionally org/name@revision
-    /path/to/file.gguf     a GGUF file, converted once and cached by the file's checksum
-    package:NAME           a GGUF file or model folder inside an installed Python package
-    random                 a new model with random weights from `config` (for tests and dry runs)
+/path/to/folder        a Hugging Face folder, or one that this project wrote
+org/name               a hub repository, optionally org/name@revision
+/path/to/file.gguf     a GGUF file, converted once and cached by the file's checksum
+package:NAME           a GGUF file or model folder inside an installed Python package
+random                 a new model with random weights from `config` (for tests and dry runs)
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def resolve_source(source: str, config: dict[str, Any] | None = None, seed: int 
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
-                Problem("model.source", f'"{source}" is a {path.suffix or "nameless"} file', "give a folder or a .gguf file")
+                Problem(
+                    "model.source", f'"{source}" is a {path.suffix or "nameless"} file', "give a folder or a .gguf file"
+                )
             )
         from compress_peft.models.gguf import convert_gguf
 

@@ -37,7 +37,7 @@ class TrainingResult:
 
 
 def train(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     training: Sequence[Example],
     validation: Sequence[Example],

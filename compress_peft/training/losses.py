@@ -29,4 +29,6 @@ def response_logits(model: nn.Module, batch: Batch) -> Tensor:
 def language_modelling_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Sum of the negative log-likelihoods (nats) of the response tokens, a scalar in float32."""
     logits = response_logits(model, batch).float()
-    return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )

@@ -15,8 +15,8 @@ from compress_peft.models.random_model import byte_tokenizer
 from compress_peft.training import TrainingSettings, train
 from compress_peft.training.batches import IGNORED, collate, encode_all
 from compress_peft.training.checkpoint import trainable
-from compress_peft.training.losses import language_modelling_loss
 from compress_peft.training.loop import validation_loss
+from compress_peft.training.losses import language_modelling_loss
 from tests.conftest import build_tiny_llama
 
 TOKENIZER = byte_tokenizer()

@@ -1,0 +1,79 @@
+"""One call that loads every folder this project writes or reads: dense, compressed, adapted, bundled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+import compress_peft.adapters  # registers the tuners
+import compress_peft.models.hf_quantizer  # noqa: F401  registers the quantizer
+from compress_peft.errors import MissingRequirement, ModelError, Problem
+from compress_peft.models.bundle import backbone_folder, is_bundle, load_adapter
+from compress_peft.models.sources import missing_source
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """ "auto" is CUDA where there is one.
+
+    Raises:
+        MissingRequirement: CUDA is asked for and not there.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingRequirement(
+            Problem("device", f'"{wanted}" is asked for, but torch finds no CUDA device', "use --set device=cpu")
+        )
+    return torch.device(wanted)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """ "auto" is what the processor does well: bfloat16 on CUDA (float16 before Ampere), float32 on CPUs."""
+    if wanted != "auto":
+        return dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = "auto",
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model (evaluation mode) and tokenizer of a local folder.
+
+    folder: a Hugging Face folder, a compressed folder, or a bundle (backbone and adapter together).
+    dtype: of activations and of weights that are not compressed; "auto" chooses by device.
+    adapter: a folder of adapter weights to attach to the backbone; a bundle brings its own.
+
+    Raises:
+        ModelError: the folder is not a model, or a bundle is given a second adapter.
+        CorruptFile: a file of the folder is damaged.
+    """
+    folder = Path(folder)
+    problem = missing_source(str(folder)) if not is_bundle(folder) else None
+    if problem is not None:
+        raise ModelError(problem)
+    if is_bundle(folder) and adapter is not None:
+        raise ModelError(Problem(str(folder), "is a bundle and has an adapter already", "load it without adapter="))
+    device = torch.device(device)
+    if isinstance(dtype, str):
+        dtype = choose_dtype(dtype, device)
+    backbone = backbone_folder(folder) if is_bundle(folder) else folder
+    model = AutoModelForCausalLM.from_pretrained(
+        backbone, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if is_bundle(folder):
+        model = load_adapter(model, folder)
+    elif adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model.to(device).eval(), tokenizer

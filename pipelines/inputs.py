@@ -1,0 +1,29 @@
+"""What a recipe refers to and this machine does not have, told without loading anything."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from compress_peft.data.datasets import missing_data
+from compress_peft.errors import Problem
+from compress_peft.models.sources import missing_source
+
+
+def missing_inputs(model: Any, data: Any, evaluate: Any, device: str) -> list[Problem]:
+    """Model, data, files and packages that are not at hand; sections that are None are left out."""
+    missing = []
+    if model is not None:
+        missing.append(missing_source(model.source))
+    if data is not None:
+        for key, source in data.files().items():
+            problem = missing_data(source)
+            missing.append(problem and Problem(key, problem.what, problem.fix))
+    perplexity = evaluate.perplexity if evaluate is not None else None
+    if perplexity is not None and perplexity.text != "test" and not Path(perplexity.text).expanduser().is_file():
+        what = f'the file "{perplexity.text}" does not exist'
+        missing.append(Problem("evaluate.perplexity.text", what, 'give a text file, or "test"'))
+    if device.startswith("cuda") and importlib.util.find_spec("bitsandbytes") is None:
+        missing.append(Problem("device", "CUDA kernels need bitsandbytes", 'pip install "compress-peft[cuda]"'))
+    return [problem for problem in missing if problem is not None]

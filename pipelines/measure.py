@@ -1,0 +1,121 @@
+"""What is measured at a stage of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from compress_peft.errors import DataError, Problem
+from eval.choices import evaluate_choices
+from eval.generation import exact_match, generate_answers, gsm8k_accuracy
+from eval.perplexity import perplexity
+from eval.profile import ProfileSettings, profile_folder
+from eval.records import Accuracy, Latency, Memory, Perplexity, StageRecord
+from eval.storage import folder_bytes, measure_storage
+from pipelines.state import RunState
+
+
+def measure(state: RunState, name: str, quality_only: bool = False) -> StageRecord:
+    """Everything that the recipe asks for, of the model as it stands on disk.
+
+    quality_only: leave out memory and latency (for alternatives whose shape is that of a measured stage).
+    """
+    started = time.monotonic()
+    settings = state.recipe.evaluate
+    folders = [state.backbone] + ([state.adapter] if state.adapter else [])
+    memory: Memory | None = None
+    latency: Latency | None = None
+    if settings.profile is not None and not quality_only:
+        wanted = ProfileSettings(
+            prompt_tokens=settings.profile.prompt_tokens,
+            new_tokens=settings.profile.new_tokens,
+            batch=settings.profile.batch_size,
+            repeats=settings.profile.repeats,
+            device=str(state.device),
+            dtype=str(state.dtype).removeprefix("torch."),
+        )
+        state.forget_model()  # two copies of the model at once would not fit where one does
+        memory, latency = profile_folder(state.backbone, wanted, adapter=state.adapter)
+    model, tokenizer = state.model()
+    storage = measure_storage(model).model_copy(update={"disk_bytes": sum(folder_bytes(path) for path in folders)})
+    return StageRecord(
+        name=name,
+        accuracies=_task_scores(state, model, tokenizer),
+        perplexity=_perplexity(state, model, tokenizer),
+        storage=storage,
+        memory=memory,
+        latency=latency,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _task_scores(state: RunState, model: Any, tokenizer: Any) -> tuple[Accuracy, ...]:
+    settings = state.recipe.evaluate.task
+    if settings is None or state.recipe.data is None:
+        return ()
+    examples = state.data().test[: settings.limit]
+    length, task = state.data_settings().max_length, state.data().origin.name
+    if examples[0].choices:
+        scores = evaluate_choices(
+            model, tokenizer, examples, batch_size=settings.batch_size, max_length=length, task=task
+        )
+        lengths = {len(tokenizer(choice, add_special_tokens=False).input_ids) for choice in examples[0].choices}
+        return scores if len(lengths) > 1 else scores[:1]  # equal lengths: normalization changes nothing
+    answers = generate_answers(
+        model,
+        tokenizer,
+        examples,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        max_length=length + settings.max_new_tokens,
+    )
+    if settings.answer == "gsm8k":
+        return (gsm8k_accuracy(answers, examples, "strict"), gsm8k_accuracy(answers, examples, "flexible"))
+    return (exact_match(answers, examples, task),)
+
+
+def _perplexity(state: RunState, model: Any, tokenizer: Any) -> Perplexity | None:
+    settings = state.recipe.evaluate.perplexity
+    if settings is None:
+        return None
+    documents = held_out_documents(state)
+    if documents is None:
+        return None
+    return perplexity(
+        model,
+        tokenizer,
+        documents,
+        block_size=settings.block_size,
+        max_blocks=settings.blocks,
+        batch_size=settings.batch_size,
+    )
+
+
+def held_out_documents(state: RunState) -> list[str] | None:
+    """The texts for perplexity; None where the recipe has no data and names no file.
+
+    Raises:
+        DataError: a document is part of the training split too.
+    """
+    settings = state.recipe.evaluate.perplexity
+    if settings is None:
+        return None
+    if settings.text != "test":
+        documents = [Path(settings.text).expanduser().read_text(encoding="utf-8")]
+    elif state.recipe.data is None:
+        return None
+    else:
+        documents = [example.text for example in state.data().test]
+    if state.recipe.data is not None:
+        trained = {_digest(example.text) for example in state.data().train}
+        shared = sum(_digest(document) in trained for document in documents)
+        if shared:
+            what = f"{shared} of its {len(documents)} documents are part of the training split"
+            raise DataError(Problem("evaluate.perplexity.text", what, "use text that the model is not trained on"))
+    return documents
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(" ".join(text.lower().split()).encode()).digest()

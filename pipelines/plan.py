@@ -1,0 +1,218 @@
+"""What a run will do and need, told before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from compress_peft.errors import MissingRequirement, ModelError, Problem, UserError
+from compress_peft.loading import choose_device, choose_dtype
+from compress_peft.models.gguf import gguf_config
+from compress_peft.models.layers import linear_layers
+from compress_peft.models.random_model import config_from
+from compress_peft.models.sources import file_in_package, missing_source
+from compress_peft.quantization import Quantizer
+from compress_peft.quantization.apply import select_layers
+from pipelines.inputs import missing_inputs
+
+GIB = 1024**3
+INTERPRETER_BYTES = int(0.45 * GIB)  # Python with torch and transformers, measured on Linux
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """memory: bytes at the step's peak, without the interpreter. disk: bytes that it leaves."""
+
+    memory: float
+    disk: float
+    note: str = ""
+
+
+class ModelShape:
+    """The model without its weights (meta device), and what the planned steps have made of it so far."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, sequence_length: int):
+        self.model = model
+        self.sequence_length = sequence_length
+        self.bytes_each = torch.empty((), dtype=dtype).element_size()
+        self.adapter_parameters = 0
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+        self._compressed: dict[str, float] = {}
+
+    def selected(self, quantizer: Quantizer) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of the layers that the quantizer would compress.
+
+        Raises:
+            ModelError: a pattern matches no layer.
+        """
+        chosen, _ = select_layers(self.model, quantizer)
+        return {name: (layer.out_features, layer.in_features) for name, layer in chosen}
+
+    def quantize(self, quantizer: Quantizer) -> None:
+        for name, (rows, columns) in self.selected(quantizer).items():
+            self._compressed[name] = rows * columns * quantizer.estimate_bits((rows, columns)) / 8
+
+    def weight_bytes(self) -> float:
+        layers = dict(linear_layers(self.model, inside_blocks=False))
+        compressed = sum(layers[name].weight.numel() for name in self._compressed)
+        return (self.parameters - compressed) * self.bytes_each + sum(self._compressed.values())
+
+    def largest_layer_bytes(self) -> float:
+        return max(layer.weight.numel() for _, layer in linear_layers(self.model)) * 4.0
+
+    def activation_bytes(self, tokens: int, checkpointing: bool) -> float:
+        """Activations kept for the backward pass, in one batch of `tokens` tokens.
+
+        Every linear layer inside the blocks leaves its output, attention and normalization about as much as
+        four hidden states a block; with checkpointing only the block's input stays and one block is alive.
+        """
+        config = self.model.config.get_text_config()
+        outputs = sum(layer.out_features for _, layer in linear_layers(self.model))
+        hidden, blocks = config.hidden_size, config.num_hidden_layers
+        full = outputs + 4 * hidden * blocks
+        alive = hidden * blocks + full / blocks if checkpointing else full
+        return tokens * alive * self.bytes_each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result of planning: lines to print, and what is missing for a real run."""
+
+    lines: tuple[str, ...]
+    missing: tuple[Problem, ...]
+    problems: tuple[Problem, ...]
+
+
+def meta_model(recipe: Any) -> tuple[nn.Module | None, str]:
+    """The model's structure without weights, and where its configuration came from.
+
+    Raises:
+        ModelError: the given or found configuration is not usable.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = recipe.model
+    config, origin = None, ""
+    if settings.source != "random" and missing_source(settings.source) is None:
+        config, origin = _config_at_hand(settings)
+    if config is None and settings.config is not None:
+        config, origin = config_from(settings.config), "model.config of the recipe"
+    if config is None:
+        return None, "unknown until the model is there (give model.config to plan without it)"
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code), origin
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        what = f"transformers cannot build the model: {str(error).splitlines()[0][:300]}"
+        raise ModelError(Problem("model.config", what, "correct the configuration")) from error
+
+
+def _config_at_hand(settings: Any) -> tuple[Any, str]:
+    from transformers import AutoConfig
+
+    source = settings.source
+    path = file_in_package(source) if source.startswith("package:") else Path(source).expanduser()
+    if path.suffix == ".gguf":
+        return gguf_config(path), str(path)
+    repo, _, revision = source.partition("@")
+    name = str(path) if path.exists() else repo
+    kwargs = {"revision": revision} if revision else {}
+    return AutoConfig.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **kwargs), source
+
+
+def make_plan(recipe: Any, folder: Path) -> Plan:
+    """Estimates for every step, and everything that a real run would miss here."""
+    missing = missing_inputs(recipe.model, recipe.data, recipe.evaluate, recipe.device)
+    problems: list[Problem] = []
+    shape, origin, device, dtype = None, "", torch.device("cpu"), torch.float32
+    try:
+        device = choose_device(recipe.device)
+    except MissingRequirement as error:
+        missing += error.problems
+        device = torch.device("cuda")
+    dtype = torch.bfloat16 if device.type == "cuda" and recipe.model.dtype == "auto" else None
+    dtype = dtype or choose_dtype(recipe.model.dtype, device)
+    try:
+        model, origin = meta_model(recipe)
+    except UserError as error:
+        model, problems = None, list(error.problems)
+    lines = [f"run folder   {folder}", f"model        {recipe.model.source} (structure from: {origin})"]
+    if model is not None:
+        length = recipe.data.max_length if recipe.data is not None else 512
+        shape = ModelShape(model, dtype, length)
+        hosts = f"{shape.parameters:,} parameters, {_size(shape.weight_bytes())} in {str(dtype).removeprefix('torch.')}"
+        lines.append(f"             {type(model).__name__}, {hosts}, on {device}")
+    lines += _data_lines(recipe)
+    step_lines, peak, disk = _step_lines(recipe, shape, problems)
+    lines += step_lines
+    if shape is not None:
+        lines.append(f"in all       about {_size(peak + INTERPRETER_BYTES)} of memory, {_size(disk)} of disk")
+        missing += _too_little(peak, disk, device, folder)
+    return Plan(tuple(lines), tuple(missing), tuple(problems))
+
+
+def _data_lines(recipe: Any) -> list[str]:
+    if recipe.data is None:
+        return ["data         none"]
+    splits = recipe.data.splits
+    sizes = ", ".join(f"{name} {_split_size(getattr(splits, name))}" for name in ("train", "validation", "test"))
+    return [f"data         {recipe.data.source or 'one source a split'}: {sizes}"]
+
+
+def _split_size(split: Any) -> str:
+    return str(split) if isinstance(split, int) else f"{split.count or 'all'} from {split.source}"
+
+
+def _step_lines(recipe: Any, shape: ModelShape | None, problems: list[Problem]) -> tuple[list[str], float, float]:
+    lines, peak, disk = [], shape.weight_bytes() if shape else 0.0, 0.0
+    for index, step in enumerate(recipe.steps):
+        line = f"step {index + 1}       {step.step}: {step.label()}"
+        if shape is not None:
+            found = step.check(shape, f"steps[{index}]")
+            problems += found
+            if not found:
+                try:
+                    estimate = step.estimate(shape)
+                except ModelError as error:
+                    problems += [Problem(f"steps[{index}]", item.what, item.fix) for item in error.problems]
+                    continue
+                peak, disk = max(peak, estimate.memory), disk + estimate.disk
+                note = f" ({estimate.note})" if estimate.note else ""
+                line += f" - memory {_size(estimate.memory)}, disk {_size(estimate.disk)}{note}"
+        lines.append(line)
+    return lines, peak, disk
+
+
+def _too_little(peak: float, disk: float, device: torch.device, folder: Path) -> list[Problem]:
+    missing = []
+    if device.type == "cuda" and torch.cuda.is_available():
+        free = torch.cuda.mem_get_info(device)[0]
+        if peak > free:
+            what = f"about {_size(peak)} of GPU memory are needed, {_size(free)} are free"
+            missing.append(Problem("memory", what, "use a larger GPU, smaller batches or gradient_checkpointing"))
+    elif device.type == "cpu":
+        free = psutil.virtual_memory().available
+        if peak + INTERPRETER_BYTES > free:
+            what = f"about {_size(peak + INTERPRETER_BYTES)} of memory are needed, {_size(free)} are free"
+            missing.append(Problem("memory", what, "use a smaller model, smaller batches or gradient_checkpointing"))
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if disk > free:
+        what = f"about {_size(disk)} of disk are needed under {existing}, {_size(free)} are free"
+        missing.append(Problem("disk", what, "free some, or choose another place with --output"))
+    return missing
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    if count <= 0:
+        return "0 B"
+    power = min(int(math.log(count, 1024)), 4)
+    return f"{count / 1024**power:.{0 if power == 0 else 1}f} {['B', 'KiB', 'MiB', 'GiB', 'TiB'][power]}"

@@ -1,0 +1,241 @@
+"""The YAML file as a typed, frozen recipe; all of its problems are found at once."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import operator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, create_model
+
+import pipelines.steps  # noqa: F401  registers the steps
+from compress_peft.data.build import DataSettings
+from compress_peft.errors import ConfigError, Problem, did_you_mean
+from pipelines.inputs import missing_inputs
+from pipelines.steps.base import STEPS, Step, check_order
+from pipelines.validation import problems_of
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSettings(Section):
+    """The model to start from."""
+
+    source: str
+    """A local folder, a hub id (org/name or org/name@revision), a .gguf file, package:NAME, or random."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of activations and uncompressed weights; auto: float32 on CPUs, bfloat16 on GPUs that have it."""
+    config: dict[str, Any] | None = None
+    """For source random: the architecture. Otherwise: the expected one, used by --dry-run when the source is away."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources that you trust."""
+
+
+class TaskEvaluation(Section):
+    """Score on the test split: accuracy for tasks with choices, exact match of generated text otherwise."""
+
+    batch_size: PositiveInt = 16
+    """Prompts in one batch."""
+    limit: PositiveInt | None = None
+    """Use only the first so many test examples."""
+    max_new_tokens: PositiveInt = 256
+    """For tasks without choices."""
+    answer: Literal["text", "gsm8k"] = "text"
+    """How a generated answer is compared: the whole text (normalized), or the number that GSM8K asks for."""
+
+
+class PerplexityEvaluation(Section):
+    """Perplexity on held-out text: documents joined by end-of-text, cut into independent blocks."""
+
+    text: str = "test"
+    """"test" for the documents of the test split, or a .txt file."""
+    blocks: PositiveInt = 16
+    """Number of blocks."""
+    block_size: PositiveInt = 512
+    """Tokens in a block; each but the first is predicted."""
+    batch_size: PositiveInt = 1
+    """Blocks in one batch."""
+
+
+class ProfileEvaluation(Section):
+    """Memory and latency, measured in a fresh process for each stage."""
+
+    prompt_tokens: PositiveInt = 256
+    """Length of the prompt for the prefill time."""
+    new_tokens: PositiveInt = 32
+    """Tokens decoded one by one."""
+    batch_size: PositiveInt = 1
+    """Rows decoded together."""
+    repeats: PositiveInt = 3
+    """Timed repetitions after one warm-up; the median is reported."""
+
+
+class EvaluateSettings(Section):
+    """What is measured at every stage: original, after each step, exported and reloaded."""
+
+    task: TaskEvaluation | None = TaskEvaluation()
+    """null switches it off."""
+    perplexity: PerplexityEvaluation | None = PerplexityEvaluation()
+    """null switches it off."""
+    profile: ProfileEvaluation | None = ProfileEvaluation()
+    """null switches it off."""
+
+
+class BaseRecipe(Section):
+    """One run: a model, steps, and what to measure."""
+
+    name: str = ""
+    """Name of the run; default: the file's name."""
+    seed: int = 0
+    """Seed of everything random that has no seed of its own."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto, cpu, cuda or cuda:N."""
+    output: str = "runs"
+    """Folder under which the run folder is created, named after the run; --output names the run folder itself."""
+    model: ModelSettings
+    """The model to start from."""
+    data: DataSettings | None = None
+    """The task; needed for fine-tuning and for task scores."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """What is measured at every stage."""
+
+
+def _step_type() -> Any:
+    types = [STEPS[name] for name in STEPS]
+    return Annotated[functools.reduce(operator.or_, types), Field(discriminator="step")]
+
+
+Recipe = create_model(
+    "Recipe",
+    __base__=BaseRecipe,
+    steps=(tuple[_step_type(), ...], Field(min_length=1, description="What happens to the model, in this order.")),
+)
+"""The recipe with the steps that are registered."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML where a key given twice is an error instead of silently taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'the key "{key}" is given twice', key_node.start_mark
+                )
+            seen.add(key)
+        return dict(super().construct_mapping(node, deep=deep))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The file as a dictionary.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, or a key twice.
+    """
+    if not path.is_file():
+        nearby = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        fix = did_you_mean(str(path), nearby) if nearby else "give the path of a YAML file"
+        raise ConfigError(Problem(str(path), "no such file", fix))
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        what = getattr(error, "problem", None) or str(error)
+        raise ConfigError(
+            Problem(where, f"is not valid YAML: {what}", "check indentation, quotes and colons")
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(Problem(str(path), "must be a mapping of keys to values", "start from a file under configs/"))
+    return raw
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The recipe with "a.b=c" applied; list items by number ("steps.0.method=nf4"). Values are read as YAML.
+
+    Raises:
+        ConfigError: an override is malformed or points into nothing.
+    """
+    raw = copy.deepcopy(raw)
+    problems = []
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.replace("[", ".").replace("]", "").split(".")
+        if not equals or not all(keys):
+            problems.append(Problem(f"--set {override}", "is not of the form key.key=value", "e.g. --set seed=1"))
+            continue
+        try:
+            here: Any = raw
+            for key in keys[:-1]:
+                if isinstance(here, list):
+                    here = here[int(key)]
+                elif here.get(key) is None:
+                    here[key] = {}
+                    here = here[key]
+                else:
+                    here = here[key]
+            last: Any = int(keys[-1]) if isinstance(here, list) else keys[-1]
+            here[last] = yaml.safe_load(text)
+        except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+            problems.append(Problem(f"--set {override}", f"cannot be applied: {error}", "check the path and the value"))
+    if problems:
+        raise ConfigError(problems)
+    return raw
+
+
+def parse_recipe(raw: dict[str, Any], default_name: str = "run") -> Any:
+    """The typed recipe.
+
+    Raises:
+        ConfigError: with every problem of the file at once: unknown keys, wrong types, impossible order, ...
+    """
+    raw = {"name": default_name, **raw}
+    problems: list[Problem] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems += problems_of(error, Recipe, raw)
+        problems += _missing_in_sound_sections(raw)
+    if isinstance(raw.get("steps"), list):
+        problems += _step_problems(raw["steps"], has_data=raw.get("data") is not None)
+    if problems:
+        raise ConfigError(problems)
+    return recipe
+
+
+def _missing_in_sound_sections(raw: dict[str, Any]) -> list[Problem]:
+    """What the sections that are right by themselves refer to in vain, so that it is told with the other problems."""
+    sound: dict[str, Any] = {}
+    for key, section in (("model", ModelSettings), ("data", DataSettings), ("evaluate", EvaluateSettings)):
+        with contextlib.suppress(ValidationError):
+            sound[key] = section.model_validate(raw.get(key))
+    return missing_inputs(sound.get("model"), sound.get("data"), sound.get("evaluate"), "")
+
+
+def _step_problems(raw_steps: list[Any], has_data: bool) -> list[Problem]:
+    """Wrong order, settings that do not fit together, missing data; also when other parts of the recipe are wrong."""
+    problems = check_order(raw_steps)
+    earlier: list[Step] = []
+    for index, raw in enumerate(raw_steps):
+        where = f"steps[{index}]"
+        try:
+            step: Step = TypeAdapter(_step_type()).validate_python(raw)
+        except ValidationError:
+            continue  # told already
+        reason = step.requires_data()
+        if reason is not None and not has_data:
+            problems.append(Problem(where, f"{reason}, and the recipe has no data section", "add data:"))
+        problems += step.check_against(earlier, where)
+        earlier.append(step)
+    return problems

@@ -13,6 +13,7 @@ import compress_peft.models.hf_quantizer  # noqa: F401  registers the quantizer
 from compress_peft.errors import MissingRequirement, ModelError, Problem
 from compress_peft.models.bundle import backbone_folder, is_bundle, load_adapter
 from compress_peft.models.sources import missing_source
+from compress_peft.models.verify import MANIFEST, verify_folder
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -45,11 +46,13 @@ def load(
     dtype: torch.dtype | str = "auto",
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
+    verify: bool = True,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model (evaluation mode) and tokenizer of a local folder.
 
     folder: a Hugging Face folder, a compressed folder, or a bundle (backbone and adapter together).
     dtype: of activations and of weights that are not compressed; "auto" chooses by device.
+    verify: read every file that the folder's manifest lists and compare its checksum first.
     adapter: a folder of adapter weights to attach to the backbone; a bundle brings its own.
 
     Raises:
@@ -62,6 +65,8 @@ def load(
         raise ModelError(problem)
     if is_bundle(folder) and adapter is not None:
         raise ModelError(Problem(str(folder), "is a bundle and has an adapter already", "load it without adapter="))
+    if verify and (folder / MANIFEST).exists():
+        verify_folder(folder)
     device = torch.device(device)
     if isinstance(dtype, str):
         dtype = choose_dtype(dtype, device)

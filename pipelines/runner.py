@@ -14,6 +14,7 @@ import torch
 
 from compress_peft.errors import CorruptFile, Problem
 from compress_peft.models.sources import read_config, resolve_source
+from compress_peft.weights import kernels
 from eval.machine import describe_machine
 from eval.records import (
     Curve,
@@ -179,7 +180,7 @@ def _report(
         steps=tuple(steps),
         curves=tuple(curve for step in steps for curve in _curves(step)),
         stages=tuple(stages),
-        notes=state.source.notes,
+        notes=(*state.source.notes, f"Compressed layers run on: {kernels.active(state.device)}."),
     )
 
 

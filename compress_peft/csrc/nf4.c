@@ -1,0 +1,340 @@
+/* NF4 block dequantization and few-row products for the CPU. Plain C: pointers in, no headers of torch or Python.
+
+   Layout (compress_peft/tensors/nf4.py): weights in row-major order, byte i = code[2i] << 4 | code[2i + 1], one scale
+   per `block` consecutive weights. The scales are either float32 (`absmax`) or, if `absmax` is NULL, double quantized:
+   scale = map[absmax_codes[b]] * absmax_scales[b / 256] + *offset.
+
+   isa: 0 = portable C, 2 = AVX2, 3 = AVX-512; the caller passes at most nf4_best_isa(). */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(_MSC_VER)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+#if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
+#define HAVE_X86 1
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2,fma")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+#define UNIT 32      /* weights that one step decodes; `block` is a multiple of it */
+#define MAX_ROWS 8   /* rows of x that one pass over the codes serves */
+
+static const float GRID[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+typedef struct {
+    const uint8_t *codes;
+    const float *absmax;
+    const uint8_t *absmax_codes;
+    const float *absmax_scales;
+    const float *map;
+    float offset;
+    int64_t block;
+} Weight;
+
+INLINE float scale_of(const Weight *w, int64_t b) {
+    if (w->absmax) return w->absmax[b];
+    const float product = w->map[w->absmax_codes[b]] * w->absmax_scales[b >> 8];
+    return product + w->offset; /* two roundings: compiled with -ffp-contract=off */
+}
+
+INLINE uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u); /* NaN stays NaN */
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+INLINE float weight_at(const Weight *w, int64_t i, float scale) {
+    const uint8_t byte = w->codes[i >> 1];
+    return GRID[(i & 1) ? (byte & 15) : (byte >> 4)] * scale;
+}
+
+/* Weights [begin, end) of one block; either output pointer may be NULL. */
+static void dequant_portable(const Weight *w, int64_t begin, int64_t end, float scale, float *f32, uint16_t *bf16) {
+    for (int64_t i = begin; i < end; i++) {
+        const float value = weight_at(w, i, scale);
+        if (f32) f32[i] = value;
+        else bf16[i] = to_bf16(value);
+    }
+}
+
+/* out[r * stride] = sum_k x[r * k + i] * weight[row * k + i] for `rows` rows of x. */
+static void dot_portable(const Weight *w, int64_t row, int64_t k, const float *x, int rows, float *out, int64_t stride) {
+    float total[MAX_ROWS] = {0};
+    for (int64_t start = 0; start < k; start += w->block) {
+        float sum[MAX_ROWS] = {0};
+        for (int64_t i = start; i < start + w->block; i++) {
+            const float value = weight_at(w, row * k + i, 1.0f);
+            for (int r = 0; r < rows; r++) sum[r] += value * x[r * k + i];
+        }
+        const float scale = scale_of(w, (row * k + start) / w->block);
+        for (int r = 0; r < rows; r++) total[r] += scale * sum[r];
+    }
+    for (int r = 0; r < rows; r++) out[r * stride] = total[r];
+}
+
+#ifdef HAVE_X86
+/* AVX2: the grid as four byte planes, looked up by pshufb and interleaved to floats. Of every 8 weights, out[j] holds
+   the even ones in its low and the odd ones in its high lane. */
+typedef struct {
+    __m256i plane[4];
+} Planes;
+
+INLINE AVX2 Planes load_planes(void) {
+    uint8_t bytes[4][16];
+    for (int i = 0; i < 16; i++) {
+        uint8_t value[4];
+        memcpy(value, &GRID[i], 4);
+        for (int p = 0; p < 4; p++) bytes[p][i] = value[p];
+    }
+    Planes planes;
+    for (int p = 0; p < 4; p++)
+        planes.plane[p] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes[p]));
+    return planes;
+}
+
+INLINE AVX2 void decode_avx2(const Planes *t, const uint8_t *codes, __m256 out[4]) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
+    const __m256i index =
+        _mm256_and_si256(_mm256_srlv_epi64(twice, _mm256_set_epi64x(0, 0, 4, 4)), _mm256_set1_epi8(15));
+    const __m256i b0 = _mm256_shuffle_epi8(t->plane[0], index), b1 = _mm256_shuffle_epi8(t->plane[1], index);
+    const __m256i b2 = _mm256_shuffle_epi8(t->plane[2], index), b3 = _mm256_shuffle_epi8(t->plane[3], index);
+    const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
+    const __m256i high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
+    out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
+    out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+    out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
+    out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+}
+
+AVX2 static void dequant_avx2(const Weight *w, int64_t begin, int64_t end, float scale, float *f32, uint16_t *bf16) {
+    const Planes planes = load_planes();
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256 factor = _mm256_set1_ps(scale);
+    int64_t i = begin;
+    for (; i + UNIT <= end; i += UNIT) {
+        __m256 value[4];
+        decode_avx2(&planes, w->codes + i / 2, value);
+        for (int j = 0; j < 4; j++) {
+            const __m256 v = _mm256_permutevar8x32_ps(_mm256_mul_ps(value[j], factor), order);
+            if (f32) {
+                _mm256_storeu_ps(f32 + i + 8 * j, v);
+            } else {
+                const __m256i bits = _mm256_castps_si256(v);
+                const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+                const __m256i half = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                const __m256i top = _mm256_srli_epi32(half, 16);
+                const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0x08);
+                _mm_storeu_si128((__m128i *)(bf16 + i + 8 * j), _mm256_castsi256_si128(packed));
+            }
+        }
+    }
+    dequant_portable(w, i, end, scale, f32, bf16);
+}
+
+INLINE AVX2 float sum_avx2(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+INLINE AVX2 void dot_avx2_rows(const Weight *w, int64_t row, int64_t k, const float *x, const int rows, float *out,
+                               int64_t stride) {
+    const Planes planes = load_planes();
+    __m256 total[4];
+    for (int r = 0; r < rows; r++) total[r] = _mm256_setzero_ps();
+    const uint8_t *codes = w->codes + row * k / 2;
+    const int64_t first = row * k / w->block;
+    for (int64_t start = 0, b = first; start < k; start += w->block, b++) {
+        __m256 sum[4];
+        for (int r = 0; r < rows; r++) sum[r] = _mm256_setzero_ps();
+        for (int64_t i = start; i < start + w->block; i += UNIT) {
+            __m256 value[4];
+            decode_avx2(&planes, codes + i / 2, value);
+            for (int j = 0; j < 4; j++)
+                for (int r = 0; r < rows; r++)
+                    sum[r] = _mm256_fmadd_ps(value[j], _mm256_loadu_ps(x + r * k + i + 8 * j), sum[r]);
+        }
+        const __m256 scale = _mm256_set1_ps(scale_of(w, b));
+        for (int r = 0; r < rows; r++) total[r] = _mm256_fmadd_ps(scale, sum[r], total[r]);
+    }
+    for (int r = 0; r < rows; r++) out[r * stride] = sum_avx2(total[r]);
+}
+
+AVX2 static void dot_avx2(const Weight *w, int64_t row, int64_t k, const float *x, int rows, float *out,
+                          int64_t stride) {
+    for (; rows >= 4; rows -= 4, x += 4 * k, out += 4 * stride) dot_avx2_rows(w, row, k, x, 4, out, stride);
+    if (rows == 3) dot_avx2_rows(w, row, k, x, 3, out, stride);
+    if (rows == 2) dot_avx2_rows(w, row, k, x, 2, out, stride);
+    if (rows == 1) dot_avx2_rows(w, row, k, x, 1, out, stride);
+}
+
+/* AVX-512: vpermps takes only the low 4 bits of an index, so a zero-extended byte is the index of its low nibble.
+   Of every 32 weights, `even` and `odd` hold 16 each. */
+INLINE AVX512 void decode_avx512(__m512 grid, const uint8_t *codes, __m512 *even, __m512 *odd) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    *even = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), grid);
+    *odd = _mm512_permutexvar_ps(bytes, grid);
+}
+
+INLINE AVX512 __m256i bf16_avx512(__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(half, 16));
+}
+
+AVX512 static void dequant_avx512(const Weight *w, int64_t begin, int64_t end, float scale, float *f32,
+                                  uint16_t *bf16) {
+    const __m512 grid = _mm512_loadu_ps(GRID);
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const __m512 scaled = _mm512_mul_ps(grid, _mm512_set1_ps(scale));
+    int64_t i = begin;
+    for (; i + UNIT <= end; i += UNIT) {
+        __m512 even, odd;
+        decode_avx512(scaled, w->codes + i / 2, &even, &odd);
+        const __m512 a = _mm512_permutex2var_ps(even, first, odd), b = _mm512_permutex2var_ps(even, second, odd);
+        if (f32) {
+            _mm512_storeu_ps(f32 + i, a);
+            _mm512_storeu_ps(f32 + i + 16, b);
+        } else {
+            _mm256_storeu_si256((__m256i *)(bf16 + i), bf16_avx512(a));
+            _mm256_storeu_si256((__m256i *)(bf16 + i + 16), bf16_avx512(b));
+        }
+    }
+    dequant_portable(w, i, end, scale, f32, bf16);
+}
+
+INLINE AVX512 void dot_avx512_rows(const Weight *w, int64_t row, int64_t k, const float *x, const int rows,
+                                   float *out, int64_t stride) {
+    const __m512 grid = _mm512_loadu_ps(GRID);
+    __m512 total[MAX_ROWS];
+    for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
+    const uint8_t *codes = w->codes + row * k / 2;
+    const int64_t first = row * k / w->block;
+    for (int64_t start = 0, b = first; start < k; start += w->block, b++) {
+        __m512 sum[MAX_ROWS];
+        for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps();
+        for (int64_t i = start; i < start + w->block; i += UNIT) {
+            __m512 even, odd;
+            decode_avx512(grid, codes + i / 2, &even, &odd);
+            for (int r = 0; r < rows; r++) {
+                sum[r] = _mm512_fmadd_ps(even, _mm512_loadu_ps(x + r * k + i), sum[r]);
+                sum[r] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + r * k + i + 16), sum[r]);
+            }
+        }
+        const __m512 scale = _mm512_set1_ps(scale_of(w, b));
+        for (int r = 0; r < rows; r++) total[r] = _mm512_fmadd_ps(scale, sum[r], total[r]);
+    }
+    for (int r = 0; r < rows; r++) out[r * stride] = _mm512_reduce_add_ps(total[r]);
+}
+
+AVX512 static void dot_avx512(const Weight *w, int64_t row, int64_t k, const float *x, int rows, float *out,
+                              int64_t stride) {
+    switch (rows) {
+    case 8: dot_avx512_rows(w, row, k, x, 8, out, stride); return;
+    case 7: dot_avx512_rows(w, row, k, x, 7, out, stride); return;
+    case 6: dot_avx512_rows(w, row, k, x, 6, out, stride); return;
+    case 5: dot_avx512_rows(w, row, k, x, 5, out, stride); return;
+    case 4: dot_avx512_rows(w, row, k, x, 4, out, stride); return;
+    case 3: dot_avx512_rows(w, row, k, x, 3, out, stride); return;
+    case 2: dot_avx512_rows(w, row, k, x, 2, out, stride); return;
+    default: dot_avx512_rows(w, row, k, x, 1, out, stride);
+    }
+}
+#endif
+
+typedef void (*Dequant)(const Weight *, int64_t, int64_t, float, float *, uint16_t *);
+typedef void (*Dot)(const Weight *, int64_t, int64_t, const float *, int, float *, int64_t);
+
+EXPORT int nf4_best_isa(void) {
+#ifdef HAVE_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 3;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 2;
+#endif
+    return 0;
+}
+
+EXPORT int nf4_has_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* Weights [begin, begin + count), begin a multiple of block, to float32 (out_f32) or bfloat16 (out_bf16, the other NULL). */
+EXPORT void nf4_dequantize(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
+                           const float *absmax_scales, const float *map, const float *offset, int64_t block,
+                           int64_t begin, int64_t count, float *out_f32, uint16_t *out_bf16, int isa, int threads) {
+    Weight w = {codes + begin / 2, absmax, absmax_codes, absmax_scales, map, offset ? *offset : 0.0f, block};
+    Dequant dequant = dequant_portable;
+#ifdef HAVE_X86
+    if (isa == 2) dequant = dequant_avx2;
+    if (isa == 3) dequant = dequant_avx512;
+#endif
+    const int64_t first = begin / block, blocks = (count + block - 1) / block;
+    if (count < 131072) threads = 1;
+    (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads)
+#endif
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t end = (b + 1) * block < count ? (b + 1) * block : count;
+        dequant(&w, b * block, end, scale_of(&w, first + b), out_f32, out_bf16);
+    }
+}
+
+/* out (m, n) = x (m, k) @ weight (n, k)^T, all float32; k is a multiple of block, block of 32.
+   Returns 0, or 1 if there is no memory for a copy of x. */
+EXPORT int nf4_matmul(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
+                      const float *absmax_scales, const float *map, const float *offset, int64_t block, const float *x,
+                      float *out, int64_t m, int64_t n, int64_t k, int isa, int threads) {
+    const Weight w = {codes, absmax, absmax_codes, absmax_scales, map, offset ? *offset : 0.0f, block};
+    Dot dot = dot_portable;
+    int64_t group = 0; /* within every `group` values of x the even ones are moved to the front */
+#ifdef HAVE_X86
+    if (isa == 2) dot = dot_avx2, group = 8;
+    if (isa == 3) dot = dot_avx512, group = 32;
+#endif
+    float *moved = NULL;
+    if (group) {
+        moved = malloc((size_t)(m * k) * sizeof(float));
+        if (!moved) return 1;
+        for (int64_t start = 0; start < m * k; start += group)
+            for (int64_t i = 0; i < group / 2; i++) {
+                moved[start + i] = x[start + 2 * i];
+                moved[start + group / 2 + i] = x[start + 2 * i + 1];
+            }
+        x = moved;
+    }
+    if (m * n * k < 131072) threads = 1; /* a parallel region would cost more than it saves */
+    (void)threads;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads)
+#endif
+    for (int64_t row = 0; row < n; row++)
+        for (int64_t r = 0; r < m; r += MAX_ROWS)
+            dot(&w, row, k, x + r * k, (int)(m - r < MAX_ROWS ? m - r : MAX_ROWS), out + r * n + row, n);
+    free(moved);
+    return 0;
+}

@@ -1,0 +1,7 @@
+"""Quantizers: one file a method."""
+
+from compress_peft.quantization import nf4 as nf4
+from compress_peft.quantization.apply import QuantizationSummary, QuantizedLayer, quantize_model
+from compress_peft.quantization.base import QUANTIZERS, Quantizer
+
+__all__ = ["QUANTIZERS", "QuantizationSummary", "QuantizedLayer", "Quantizer", "quantize_model"]

@@ -1,0 +1,6 @@
+"""Compressed weights: what `nn.Linear.weight` becomes, and the kernels that run it."""
+
+from compress_peft.weights.compressed import CompressedWeight, UnsupportedOperation
+from compress_peft.weights.nf4 import NF4Weight
+
+__all__ = ["CompressedWeight", "NF4Weight", "UnsupportedOperation"]

@@ -1,0 +1,59 @@
+"""NF4 on CUDA by the kernels of bitsandbytes, on the same bytes. Imported only when a weight lies on such a device."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_peft.errors import MissingRequirement, Problem
+from compress_peft.tensors.nf4 import ABSMAX_GROUP, dynamic_map, nf4_values
+from compress_peft.weights.parts import NF4Parts
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingRequirement(
+            Problem("bitsandbytes", f"NF4 on CUDA runs on its kernels: {error}", 'pip install "compress-peft[cuda]"')
+        ) from error
+
+
+def quant_state(parts: NF4Parts, dtype: torch.dtype) -> Any:
+    """The bitsandbytes QuantState that describes the same tensors (no copies)."""
+    functional = _module("bitsandbytes.functional")
+    device = parts.codes.device
+    common = {
+        "shape": torch.Size(parts.shape),
+        "code": nf4_values(device),
+        "blocksize": parts.block_size,
+        "quant_type": "nf4",
+        "dtype": dtype,
+    }
+    if parts.absmax is not None:
+        return functional.QuantState(absmax=parts.absmax, **common)
+    nested = functional.QuantState(
+        absmax=parts.absmax_scales, code=dynamic_map(device), blocksize=ABSMAX_GROUP, dtype=torch.float32
+    )
+    return functional.QuantState(absmax=parts.absmax_codes, offset=parts.absmax_offset, state2=nested, **common)
+
+
+def dequantize(parts: NF4Parts, dtype: torch.dtype) -> Tensor:
+    """(out, in) in dtype (float32, float16 or bfloat16)."""
+    return _module("bitsandbytes.functional").dequantize_4bit(parts.codes, quant_state(parts, dtype))
+
+
+def linear(x: Tensor, parts: NF4Parts) -> Tensor:
+    """(rows, in) -> (rows, out), in x's dtype: a fused product for few rows, dequantizing and a dense one for more."""
+    return _module("bitsandbytes").matmul_4bit(x, parts.codes.t(), quant_state=quant_state(parts, x.dtype))
+
+
+def describe() -> str:
+    try:
+        return f"bitsandbytes {version('bitsandbytes')}"
+    except PackageNotFoundError:
+        return "none: bitsandbytes is not installed"

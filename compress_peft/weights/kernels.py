@@ -1,0 +1,128 @@
+"""Which code runs for an NF4 weight: the fastest that there is for the device, the shape and the dtype.
+
+CPU: the C kernels (native.py) where they were built, else plain torch. CUDA: bitsandbytes (cuda.py). All of them are
+tested against `dequantize` followed by a dense product.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress_peft.tensors import nf4
+from compress_peft.weights import cuda, native
+from compress_peft.weights.parts import NF4Parts
+
+FEW_ROWS = 16
+"""Up to so many rows of activations the C product beats dequantizing and a dense product (measured on Zen 4)."""
+
+SCRATCH = 1 << 22
+"""Weights dequantized at a time for a dense product; the buffer is kept per thread (16 MB in float32)."""
+
+_local = threading.local()
+
+
+def dequantize(parts: NF4Parts, dtype: torch.dtype) -> Tensor:
+    """The dense weight (out, in)."""
+    if parts.codes.device.type == "cuda":
+        return cuda.dequantize(parts, dtype)
+    if parts.codes.device.type == "cpu" and native.available():
+        return native.dequantize(parts, dtype)
+    absmax = parts.absmax
+    if absmax is None:
+        assert parts.absmax_codes is not None and parts.absmax_scales is not None and parts.absmax_offset is not None
+        absmax = nf4.dequantize_absmax(parts.absmax_codes, parts.absmax_scales, parts.absmax_offset)
+    return nf4.dequantize_nf4(parts.codes, absmax, parts.shape, parts.block_size, dtype)
+
+
+def linear(x: Tensor, parts: NF4Parts, compute_dtype: torch.dtype | None = None) -> Tensor:
+    """(rows, in) @ weight^T -> (rows, out), in x's dtype; no gradient is recorded.
+
+    compute_dtype: dtype of the product; None chooses (see `product_dtype`).
+    """
+    dtype = compute_dtype or product_dtype(x.dtype, x.device)
+    if x.device.type == "cuda":
+        return cuda.linear(x.to(dtype), parts).to(x.dtype)
+    columns = parts.shape[1]
+    aligned = columns % parts.block_size == 0
+    if x.device.type == "cpu" and aligned and native.available():
+        if len(x) <= FEW_ROWS and compute_dtype in (None, torch.float32):
+            return native.matmul(x.float().contiguous(), parts).to(x.dtype)
+        if dtype in (torch.float32, torch.bfloat16):
+            return _linear_by_parts(x.to(dtype), parts).to(x.dtype)
+    return functional.linear(x.to(dtype), dequantize(parts, dtype)).to(x.dtype)
+
+
+def linear_backward(grad: Tensor, parts: NF4Parts, compute_dtype: torch.dtype | None = None) -> Tensor:
+    """(rows, out) @ weight -> (rows, in): the gradient to the input, in grad's dtype. Dequantizes again."""
+    dtype = compute_dtype or product_dtype(grad.dtype, grad.device)
+    columns = parts.shape[1]
+    by_parts = grad.device.type == "cpu" and columns % parts.block_size == 0 and native.available() is not None
+    if by_parts and dtype == torch.float32:
+        cast = grad.to(dtype)
+        out = torch.zeros(len(cast), columns)
+        for start, dense in _dense_parts(parts, dtype):
+            out.addmm_(cast[:, start : start + len(dense)], dense)
+        return out.to(grad.dtype)
+    return (grad.to(dtype) @ dequantize(parts, dtype)).to(grad.dtype)
+
+
+def _linear_by_parts(x: Tensor, parts: NF4Parts) -> Tensor:
+    if parts.shape[0] * parts.shape[1] <= SCRATCH:
+        ((_, dense),) = _dense_parts(parts, x.dtype)
+        return functional.linear(x, dense)
+    out = x.new_empty(len(x), parts.shape[0])
+    for start, dense in _dense_parts(parts, x.dtype):
+        torch.mm(x, dense.t(), out=out[:, start : start + len(dense)])
+    return out
+
+
+def _dense_parts(parts: NF4Parts, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first row, dense rows) in order. The rows lie in a buffer that the next ones overwrite."""
+    out_features, columns = parts.shape
+    step = max(SCRATCH // columns, 1)
+    key = str(dtype)
+    size = min(step, out_features) * columns
+    buffer: Tensor | None = getattr(_local, key, None)
+    if buffer is None or buffer.numel() < size:
+        buffer = torch.empty(size, dtype=dtype)
+        setattr(_local, key, buffer)
+    for start in range(0, out_features, step):
+        rows = min(step, out_features - start)
+        dense = buffer[: rows * columns].view(rows, columns)
+        native.dequantize_into(dense, parts, start)
+        yield start, dense
+
+
+def product_dtype(activations: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which products run fastest: that of the activations on an accelerator.
+
+    On a CPU float32, except for bfloat16 activations where the processor multiplies bfloat16 in hardware: without
+    it such products are several times slower than float32 ones.
+    """
+    if device.type != "cpu":
+        return activations
+    return torch.bfloat16 if activations == torch.bfloat16 and _bf16_hardware() else torch.float32
+
+
+@functools.cache
+def _bf16_hardware() -> bool:
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    return "AVX512" in capabilities and torch.cpu._is_avx512_bf16_supported()
+
+
+def active(device: torch.device | str) -> str:
+    """What runs on this device, in words, for the report."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return cuda.describe()
+    isa = native.available() if kind == "cpu" else None
+    if isa is None:
+        return "plain torch (no compiled kernel)"
+    threads = f"OpenMP, {torch.get_num_threads()} threads" if native.has_openmp() else "one thread"
+    return f"compiled C kernel ({isa}, {threads})"

@@ -1,0 +1,116 @@
+"""The C kernels of csrc/nf4.c, called through ctypes. Absent without a compiler at install time; then nothing is lost
+but speed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from compress_peft.errors import ConfigError, Problem, did_you_mean
+from compress_peft.tensors.nf4 import dynamic_map
+from compress_peft.weights.parts import NF4Parts
+
+ISA_VARIABLE = "COMPRESS_PEFT_CPU_ISA"
+"""Environment variable that caps the instruction set: avx512, avx2, portable, or none (no C kernels at all)."""
+
+_ISA = {"portable": 0, "avx2": 2, "avx512": 3}
+_CPU = torch.device("cpu")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    spec = importlib.util.find_spec("compress_peft._nf4")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError:  # built for another machine or without its OpenMP runtime: plain torch, and `active` says so
+        return None
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    weight = [pointer] * 6 + [size]
+    library.nf4_dequantize.argtypes = [*weight, size, size, pointer, pointer, integer, integer]
+    library.nf4_dequantize.restype = None
+    library.nf4_matmul.argtypes = [*weight, pointer, pointer, size, size, size, integer, integer]
+    return library
+
+
+@functools.cache
+def available() -> str | None:
+    """The instruction set in use ("avx512", "avx2", "portable"), None if there are no C kernels.
+
+    Raises:
+        ConfigError: the environment variable names no instruction set.
+    """
+    wish = os.environ.get(ISA_VARIABLE, "avx512").lower()
+    if wish == "none":
+        return None
+    if wish not in _ISA:
+        fix = did_you_mean(wish, [*_ISA, "none"])
+        raise ConfigError(Problem(ISA_VARIABLE, f'unknown instruction set "{wish}"', fix))
+    library = _library()
+    if library is None:
+        return None
+    best = min(_ISA[wish], library.nf4_best_isa())
+    return next(name for name, value in _ISA.items() if value == best)
+
+
+def has_openmp() -> bool:
+    library = _library()
+    return library is not None and bool(library.nf4_has_openmp())
+
+
+def _pointers(parts: NF4Parts) -> tuple[int | None, ...]:
+    if parts.absmax is not None:
+        return parts.codes.data_ptr(), parts.absmax.data_ptr(), None, None, None, None, parts.block_size
+    assert parts.absmax_codes is not None and parts.absmax_scales is not None and parts.absmax_offset is not None
+    return (
+        parts.codes.data_ptr(),
+        None,
+        parts.absmax_codes.data_ptr(),
+        parts.absmax_scales.data_ptr(),
+        dynamic_map(_CPU).data_ptr(),
+        parts.absmax_offset.data_ptr(),
+        parts.block_size,
+    )
+
+
+def dequantize(parts: NF4Parts, dtype: torch.dtype, isa: str | None = None) -> Tensor:
+    """(out, in) on the CPU, in float32 or bfloat16 straight, in other dtypes by way of float32."""
+    direct = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    out = torch.empty(parts.shape, dtype=direct)
+    dequantize_into(out, parts, 0, isa)
+    return out.to(dtype)
+
+
+def dequantize_into(out: Tensor, parts: NF4Parts, first_row: int = 0, isa: str | None = None) -> None:
+    """Rows first_row ... of the weight into `out` (rows, in), contiguous, float32 or bfloat16.
+
+    first_row * in is a multiple of the block size.
+    """
+    library = _library()
+    assert library is not None and out.is_contiguous()
+    target = (out.data_ptr(), None) if out.dtype == torch.float32 else (None, out.data_ptr())
+    begin = first_row * parts.shape[1]
+    assert begin % parts.block_size == 0
+    level = _ISA[isa or available() or "portable"]
+    library.nf4_dequantize(*_pointers(parts), begin, out.numel(), *target, level, torch.get_num_threads())
+
+
+def matmul(x: Tensor, parts: NF4Parts, isa: str | None = None) -> Tensor:
+    """(rows, in) float32 contiguous @ (out, in)^T -> (rows, out) float32; `in` is a multiple of the block size."""
+    library = _library()
+    assert library is not None and x.dtype == torch.float32 and x.is_contiguous()
+    rows, columns = x.shape
+    out = torch.empty(rows, parts.shape[0], dtype=torch.float32)
+    level = _ISA[isa or available() or "portable"]
+    failed = library.nf4_matmul(
+        *_pointers(parts), x.data_ptr(), out.data_ptr(), rows, parts.shape[0], columns, level, torch.get_num_threads()
+    )
+    if failed:
+        raise MemoryError(f"no memory for a copy of {rows} x {columns} activations")
+    return out

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from compress_peft.errors import DataError, Problem
-from compress_peft.models.prompts import prompt_kwargs
+from compress_peft.models.prompts import NO_PROMPT, prompt_kwargs
 from eval.forward import token_logprobs
 from eval.records import Perplexity
 
@@ -59,9 +59,8 @@ def perplexity(
 ) -> Perplexity:
     """exp of the mean negative log-likelihood; in each block all tokens but the first are predicted.
 
-    Text has no prompt: for a prompt-aware adapter the first token of each block, which is never predicted,
-    stands for it. The interval is Student's t over blocks (blocks are the sampling unit, being independent
-    given the model), transformed by exp.
+    Text has no prompt, which a prompt-aware adapter is told (NO_PROMPT). The interval is Student's t over blocks
+    (blocks are the sampling unit, being independent given the model), transformed by exp.
 
     Raises:
         DataError: see `text_blocks`; or block_size exceeds the model's positions or is below 2.
@@ -79,9 +78,9 @@ def perplexity(
     with tqdm(total=len(blocks), desc="perplexity", unit="block", disable=not progress, leave=False) as bar:
         for batch in blocks.split(batch_size):
             rows = batch.to(device)
-            first_token = torch.zeros(len(rows), dtype=torch.long, device=device)
+            no_prompt = torch.full((len(rows),), NO_PROMPT, device=device)
             logprobs = token_logprobs(
-                model, rows[:, :-1], rows[:, 1:], use_cache=False, **prompt_kwargs(model, first_token)
+                model, rows[:, :-1], rows[:, 1:], use_cache=False, **prompt_kwargs(model, no_prompt)
             )
             means += (-logprobs.double().mean(dim=-1)).tolist()
             bar.update(len(rows))

@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compress_peft.errors import ConfigError, DataError, ModelError, Problem
+from compress_peft.models.prompts import NO_PROMPT
 
 SCALED = ("q_proj", "v_proj", "up_proj")
 """The linear layers of a block whose outputs are multiplied, in the order of the split of eq. 6."""
@@ -141,11 +142,17 @@ class ParaLayer(GradientCheckpointingLayer, BaseTunerLayer):
         return next((name for name in self.active_adapters if name in self.para_down), None)
 
     def make_vectors(self, hidden_states: Tensor, prompt_end: Tensor, name: str) -> Tensor:
-        """Eq. 6. hidden_states (batch, T, d) at the block's input, prompt_end (batch,) -> (batch, q + v + u)."""
+        """Eq. 6. hidden_states (batch, T, d) at the block's input, prompt_end (batch,) -> (batch, q + v + u).
+
+        A row without a prompt pools zero, so that its vectors are b: what the adapter has learned for all prompts.
+        (Its first token would be no substitute: in many models it has a hidden state hundreds of times larger than
+        any other, an attention sink, and the vectors made of it are far from all that training has seen.)
+        """
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         activation = ACT2FN[self.para_activation[name]]
         with torch.autocast(hidden_states.device.type, enabled=False):
-            pooled = hidden_states[rows, prompt_end.to(hidden_states.device)].float()
+            end = prompt_end.to(hidden_states.device)
+            pooled = hidden_states[rows, end.clamp(min=0)].float() * end.ne(NO_PROMPT)[:, None]
             down, up, bias = (part[name].float() for part in (self.para_down, self.para_up, self.para_bias))
             return activation(pooled @ down) @ up + bias
 

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from compress_peft.adapters.para_layer import CANNOT_MERGE, SCALED, ParaConfig, ParaLayer, ParaType, scaled_linears
 from compress_peft.errors import ConfigError, DataError, ModelError, Problem
 from compress_peft.models.layers import decoder_layers
-from compress_peft.models.prompts import before_first_label, check_prompt_end, first_real_token, last_real_token
+from compress_peft.models.prompts import NO_PROMPT, before_first_label, check_prompt_end, last_real_token
 
 
 class ParaModel(BaseTuner):
@@ -28,8 +28,8 @@ class ParaModel(BaseTuner):
 
     In order: the keyword argument; nothing when the cache is filled; inside `generate` the end of the request's
     prompt, also without a cache; with `labels` the position before the first label; with `logits_to_keep=1` the
-    last real token (only the token after it is predicted). Any other text has no prompt (perplexity): its first
-    real token stands for the prompt, which every later position may see.
+    last real token (only the token after it is predicted). Any other text has no prompt (perplexity): nothing of
+    it is pooled, and the vectors are the generators' biases.
     """
 
     prefix = "para_"
@@ -149,7 +149,7 @@ class ParaModel(BaseTuner):
         elif isinstance(named.get("logits_to_keep"), int) and named["logits_to_keep"] == 1:
             end = last_real_token(mask)
         else:
-            end = first_real_token(mask)
+            end = torch.full((batch,), NO_PROMPT, device=tokens.device)
         return args, kwargs | {"prompt_end": end}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Where the prompt ends: the one thing that prompt-aware adapters need to know about a batch.
 
-A position is an index into the padded row, per row: (batch,) int64.
+A position is an index into the padded row, per row: (batch,) int64; NO_PROMPT for a row of text without a prompt.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from compress_peft.errors import DataError, Problem
+
+NO_PROMPT = -1
+"""For rows of plain text: nothing of them may be pooled, since all of it is predicted."""
 
 
 def is_prompt_aware(model: nn.Module) -> bool:
@@ -19,7 +22,7 @@ def is_prompt_aware(model: nn.Module) -> bool:
 def prompt_kwargs(model: nn.Module, prompt_end: Tensor) -> dict[str, Tensor]:
     """Keyword arguments that tell `model` where the prompts end; empty for models that do not ask.
 
-    prompt_end: (batch,) index, in the padded row, of each prompt's last token.
+    prompt_end: (batch,) index, in the padded row, of each prompt's last token, or NO_PROMPT.
     """
     return {"prompt_end": prompt_end} if is_prompt_aware(model) else {}
 
@@ -35,17 +38,16 @@ def last_real_token(attention_mask: Tensor) -> Tensor:
 
 
 def before_first_label(labels: Tensor, attention_mask: Tensor) -> Tensor:
-    """Position before the first label that counts (!= -100), at the earliest the first real token.
+    """Position before the first label that counts (!= -100); NO_PROMPT where labels start with the row or are none.
 
-    labels: (batch, length), unshifted, as transformers expects them. A row without labels gets its first
-    real token: nothing is predicted there, so nothing can leak.
+    labels: (batch, length), unshifted, as transformers expects them.
     """
-    first_label = labels.ne(-100).int().argmax(dim=1)
-    return torch.maximum(first_label - 1, first_real_token(attention_mask))
+    before = labels.ne(-100).int().argmax(dim=1) - 1
+    return torch.where(before >= first_real_token(attention_mask), before, NO_PROMPT)
 
 
 def check_prompt_end(prompt_end: Tensor, attention_mask: Tensor) -> Tensor:
-    """`prompt_end` as int64 on the mask's device.
+    """`prompt_end` as int64 on the mask's device; NO_PROMPT passes.
 
     attention_mask: (batch, length).
 
@@ -59,9 +61,9 @@ def check_prompt_end(prompt_end: Tensor, attention_mask: Tensor) -> Tensor:
         what = f"expected {batch} integers, one a row; got shape {tuple(given.shape)} of {given.dtype}"
         raise DataError(Problem("prompt_end", what, fix))
     given = given.long()
-    outside = (given < 0) | (given >= length)
+    outside = (given < NO_PROMPT) | (given >= length)
     padding = attention_mask.gather(1, given.clamp(0, length - 1)[:, None])[:, 0].eq(0)
-    wrong = outside | (padding & attention_mask.ne(0).any(dim=1))
+    wrong = outside | (padding & given.ne(NO_PROMPT) & attention_mask.ne(0).any(dim=1))
     if bool(wrong.any()):
         rows = wrong.nonzero()[:, 0].tolist()
         found = given.tolist()

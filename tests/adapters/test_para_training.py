@@ -7,7 +7,7 @@ import torch
 
 from compress_peft.adapters import Para
 from compress_peft.errors import DataError, ModelError
-from compress_peft.models.prompts import is_prompt_aware, prompt_kwargs
+from compress_peft.models.prompts import NO_PROMPT, is_prompt_aware, prompt_kwargs
 from tests.adapters.helpers import CountVectors, adapted, padded, para_layers, prompts
 from tests.conftest import build_tiny_llama
 
@@ -48,7 +48,8 @@ def test_the_answer_does_not_reach_the_vectors(tiny_llama, how):
     torch.testing.assert_close(logits[:, :PROMPT], other_logits[:, :PROMPT])
     changed = prompts(3, 12)
     changed[:, 0] = 3 + (changed[:, 0] - 2) % 125
-    assert not torch.equal(vectors, vectors_of(model, changed, **keywords(changed))[0])
+    same = torch.equal(vectors, vectors_of(model, changed, **keywords(changed))[0])
+    assert same == (how == "no prompt"), "the vectors must depend on the prompt, and on nothing where there is none"
 
 
 def test_every_position_sees_only_what_is_before_it_without_a_prompt(tiny_llama):
@@ -69,17 +70,18 @@ def test_where_the_prompt_ends(tiny_llama, side):
     tokens, mask = padded(side, lengths=(4, 9, 6))
     first = torch.tensor([5, 0, 3]) if side == "left" else torch.zeros(3, dtype=torch.long)
     last = torch.tensor([8, 8, 8]) if side == "left" else torch.tensor([3, 8, 5])
+    none = torch.full((3,), NO_PROMPT)
     labels = torch.full_like(tokens, -100)
     for row in range(3):
         labels[row, last[row] - 1 : last[row] + 1] = tokens[row, last[row] - 1 : last[row] + 1]
     all_labels = tokens.masked_fill(mask == 0, -100)  # as for perplexity
     rules = [
         (dict(labels=labels), last - 2),
-        (dict(labels=all_labels), first),
-        (dict(labels=torch.full_like(tokens, -100)), first),
+        (dict(labels=all_labels), none),
+        (dict(labels=torch.full_like(tokens, -100)), none),
         (dict(logits_to_keep=1), last),
-        (dict(logits_to_keep=2), first),
-        ({}, first),
+        (dict(logits_to_keep=2), none),
+        ({}, none),
         (dict(prompt_end=first + 1, labels=labels), first + 1),
         (dict(prompt_end=first + 1, logits_to_keep=1), first + 1),
     ]
@@ -89,12 +91,23 @@ def test_where_the_prompt_ends(tiny_llama, side):
         assert torch.equal(found, wanted), keywords
 
 
+def test_without_a_prompt_the_vectors_are_the_biases(tiny_llama):
+    """Also for single rows of a batch, whatever the text; other rows are as if they stood alone."""
+    model = adapted(tiny_llama)
+    vectors, _ = vectors_of(model, prompts(3, 12), prompt_end=torch.tensor([NO_PROMPT, 4, NO_PROMPT]))
+    for layer, made in zip(para_layers(model), vectors, strict=True):
+        assert torch.equal(made[0], layer.para_bias["default"]) and torch.equal(made[2], made[0])
+        assert not torch.equal(made[1], made[0])
+    alone, _ = vectors_of(model, prompts(3, 12)[1:2], prompt_end=torch.tensor([4]))
+    torch.testing.assert_close(vectors[:, 1:2], alone)
+
+
 def test_prompt_end_is_checked(tiny_llama):
     model = adapted(tiny_llama)
     tokens, mask = padded("left", lengths=(4, 9, 6))
     wrong = {
         "row 0: 9": torch.tensor([9, 8, 8]),
-        "row 2: -1": torch.tensor([8, 8, -1]),
+        "row 2: -2": torch.tensor([8, 8, -2]),
         "row 0: 4": torch.tensor([4, 8, 8]),  # padding
         r"expected 3 integers, one a row; got shape \(2,\)": torch.tensor([8, 8]),
         "torch.float32": torch.tensor([8.0, 8.0, 8.0]),

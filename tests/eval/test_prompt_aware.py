@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from compress_peft.adapters import Para
 from compress_peft.data.examples import Example
+from compress_peft.models.prompts import NO_PROMPT
 from compress_peft.models.random_model import byte_tokenizer
 from compress_peft.quantization.apply import quantize_model
 from compress_peft.quantization.nf4 import NF4
@@ -52,12 +53,12 @@ def test_candidates_are_scored_with_the_prompts_vectors(model: PeftModel, batch_
     assert abs(leaking - wanted[1][2]) > 0.05  # the comparison above can tell the two apart
 
 
-def test_in_perplexity_the_first_token_is_the_prompt(model: PeftModel) -> None:
+def test_perplexity_pools_nothing_of_the_text(model: PeftModel) -> None:
     texts = ["The quick brown fox jumps over the lazy dog. " * 3]
     result = perplexity(model, byte_tokenizer(), texts, block_size=32, batch_size=3, progress=False)
     losses = []
     for block in text_blocks(byte_tokenizer(), texts, 32):
         with torch.no_grad():
-            logits = model(input_ids=block[None], prompt_end=torch.zeros(1, dtype=torch.long)).logits[0, :-1]
+            logits = model(input_ids=block[None], prompt_end=torch.tensor([NO_PROMPT])).logits[0, :-1]
         losses.append(float(torch.nn.functional.cross_entropy(logits, block[1:])))
     assert result.block_nll == pytest.approx(losses, rel=1e-4)

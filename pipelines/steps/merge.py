@@ -84,7 +84,7 @@ class Merge(Step):
 
     def _merge_into(self, merger: Any, state: RunState, target: Path) -> dict[str, Any]:
         model, tokenizer = state.model()
-        calibration = state.calibration_batches() if merger.needs_calibration else None
+        calibration = state.calibration_batches(merger.prompts) if merger.needs_calibration else None
         merged = merger.merge(model, calibration)
         save_folder(merged, target, tokenizer)
         return {"policy": merger.policy, "exact": merger.exact}

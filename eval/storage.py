@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 
+from compress_peft.models.bundle import bare_backbone
 from compress_peft.weights.compressed import CompressedWeight
 from eval.forward import transformers_model
 from eval.records import Storage
@@ -18,17 +20,18 @@ def measure_storage(model: nn.Module, folder: str | Path | None = None) -> Stora
     folder: where the stage is saved, for `disk_bytes`.
     """
     owners = _owners(model)
+    backbone = _backbone_tensors(model)
     totals = dict.fromkeys(("codes", "scales", "dense_linear", "embeddings", "adapter", "other"), 0)
     parameters = adapter_parameters = trainable = layers = 0
     quantized_bytes = quantized_weights = 0
     seen: set[Any] = set()
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
-        key = id(tensor) if isinstance(tensor, CompressedWeight) else _identity(tensor)
+        key = _identity(tensor)
         if key in seen:
             continue
         seen.add(key)
-        kind = _kind(name, owners, model)
+        kind = _kind(name, owners, model) if backbone is None or key in backbone else "adapter"
         if isinstance(tensor, CompressedWeight):
             for part, component in tensor.components().items():
                 totals["codes" if part == tensor.component_names[0] else "scales"] += _bytes(component)
@@ -69,7 +72,17 @@ def _bytes(tensor: Tensor) -> int:
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """Tied tensors have one address; an empty tensor has none, so it gets its own."""
+    if isinstance(tensor, CompressedWeight):
+        return (id(tensor),)
     return (tensor.device, tensor.data_ptr() or id(tensor), tensor.numel())
+
+
+def _backbone_tensors(model: nn.Module) -> set[Any] | None:
+    """What an adapted model has from its backbone; all else is the adapter's, of whatever kind. None without one."""
+    if not isinstance(model, PeftModel):
+        return None
+    with bare_backbone(model) as backbone:
+        return {_identity(tensor) for tensor in (*backbone.parameters(), *backbone.buffers())}
 
 
 def _owners(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,12 +90,6 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _kind(name: str, owners: dict[str, nn.Module], model: nn.Module) -> str:
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None)  # of peft's tuner, e.g. "lora_"
-    parts = name.split(".")
-    if hasattr(model, "peft_config") and any(
-        (prefix and part.startswith(prefix)) or part in ("modules_to_save", "prompt_encoder") for part in parts
-    ):
-        return "adapter"
     owner = owners[name.rpartition(".")[0]]
     causal_lm = transformers_model(model)
     if isinstance(owner, nn.Embedding) or owner in (

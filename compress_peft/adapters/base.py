@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import AliasChoices, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 from torch import nn
 
+from compress_peft.adapters.targets import target_layers
+from compress_peft.errors import ConfigError, ModelError, Problem, UserError
 from compress_peft.models.bundle import bare_backbone
+from compress_peft.models.layers import linear_layers
 from compress_peft.registry import Method, Registry
+from compress_peft.weights.compressed import CompressedWeight
 
 
 class Adapter(Method):
@@ -23,13 +31,52 @@ class Adapter(Method):
     merge_policies: ClassVar[tuple[str, ...]] = ("bundle",)
     """The merge policies that can take this adapter."""
 
+    identity_at_start: ClassVar[bool] = True
+    """Whether the new adapter leaves the model's outputs as they are."""
+
+    peft_class: ClassVar[type[PeftConfig] | None] = None
+    """For methods of Hugging Face peft: its configuration, whose fields have the names of ours."""
+
     def peft_config(self, model: nn.Module) -> PeftConfig:
         """peft's settings for this model.
 
         Raises:
             ConfigError, ModelError: the settings name layers that the model does not have.
         """
-        raise NotImplementedError
+        assert self.peft_class is not None, f"{type(self).__name__} needs peft_class or its own peft_config"
+        settings: dict[str, Any] = self.model_dump(exclude={"method", "target_modules"})
+        targets = getattr(self, "target_modules", None)
+        if targets is not None:
+            settings["target_modules"] = target_layers(model, targets)
+        return self.peft_class(task_type="CAUSAL_LM", **settings)
+
+    def needs_dense(self) -> str:
+        """Why these settings cannot work on a compressed backbone; empty where they can."""
+        return ""
+
+    def checked_config(self, model: nn.Module) -> PeftConfig:
+        """`peft_config`, after a look at the backbone.
+
+        Raises:
+            ConfigError, ModelError: the settings do not fit the model.
+        """
+        if reason := self.needs_dense():
+            compressed = [name for name, layer in linear_layers(model) if isinstance(layer.weight, CompressedWeight)]
+            if compressed:
+                what = f"{reason}, and {len(compressed)} layers are compressed, such as {compressed[0]}"
+                raise ModelError(Problem(f"adapter ({self.method})", what, "use a dense backbone, or another adapter"))
+        return self.peft_config(model)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Other accepted spellings (`rank` for `r`) are in the schema too, for editors."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        properties = schema.get("properties", {})
+        for name, field in cls.model_fields.items():
+            if isinstance(field.validation_alias, AliasChoices):
+                for alias in field.validation_alias.choices:
+                    properties.setdefault(str(alias), properties[name])
+        return schema
 
     def attach(self, model: nn.Module | PeftModel, adapter_name: str = "default") -> PeftModel:
         """The model with a new, active adapter in float32; everything else is frozen.
@@ -37,15 +84,30 @@ class Adapter(Method):
         A PeftModel gets one more adapter beside those that it has.
 
         Raises:
-            ConfigError, ModelError: the settings do not fit the model; it is unchanged then.
+            ConfigError, ModelError: the settings do not fit the model; it is unchanged then, unless it is peft itself
+                that refuses, which may have wrapped some layers by then.
         """
         if isinstance(model, PeftModel):
             with bare_backbone(model) as backbone:
-                config = self.peft_config(backbone)
-            model.add_adapter(adapter_name, config)
+                config = self.checked_config(backbone)
+            with self._peft_refusals():
+                model.add_adapter(adapter_name, config)
             model.set_adapter(adapter_name)
             return model
-        return get_peft_model(model, self.peft_config(model), adapter_name=adapter_name)
+        config = self.checked_config(model)
+        with self._peft_refusals():
+            return get_peft_model(model, config, adapter_name=adapter_name)
+
+    @contextmanager
+    def _peft_refusals(self) -> Iterator[None]:
+        """peft's own ValueErrors, as ours."""
+        try:
+            yield
+        except UserError:
+            raise
+        except ValueError as error:
+            problem = Problem(f"adapter ({self.method})", f"peft refuses: {error}", "change the adapter's settings")
+            raise ConfigError(problem) from error
 
     def parameter_counts(self, model: nn.Module) -> dict[str, int]:
         """What the report says of the adapted model: see `ParameterCount`."""
@@ -58,7 +120,9 @@ class Adapter(Method):
             ConfigError, ModelError: the settings do not fit the model.
         """
         before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        adapted = get_peft_model(model, self.peft_config(model), low_cpu_mem_usage=True)
+        config = self.checked_config(model)
+        with self._peft_refusals():
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
         count = trainable_parameters(adapted).trainable
         adapted.unload()
         for parameter, requires_grad in before:

@@ -8,15 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from compress_peft.adapters.native import register_tuner
 from compress_peft.adapters.para_layer import CANNOT_MERGE, SCALED, ParaConfig, ParaLayer, ParaType, scaled_linears
 from compress_peft.errors import ConfigError, DataError, ModelError, Problem
 from compress_peft.models.layers import decoder_layers
@@ -233,11 +229,4 @@ class ParaModel(BaseTuner):
         return {name: (total / count).float() for name, total in sums.items()}
 
 
-def register() -> None:
-    """Makes PARA known to peft: these tables are what get_peft_model and from_pretrained consult."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[ParaType.PARA] = ParaConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[ParaType.PARA] = ParaModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[ParaType.PARA] = ParaModel.prefix
-
-
-register()
+register_tuner(ParaType.PARA, ParaConfig, ParaModel)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
-from compress_peft.errors import ConfigError, Problem, did_you_mean
-from compress_peft.models.layers import linear_layers
+from compress_peft.errors import ConfigError, ModelError, Problem, did_you_mean
+from compress_peft.models.layers import decoder_layers, linear_layers
 
 Targets = tuple[str, ...]
 
@@ -36,3 +38,60 @@ def target_layers(model: nn.Module, targets: str | Targets, key: str = "target_m
         raise ConfigError(problems)
     wanted = {name for matches in chosen.values() for name in matches}
     return [name for name in names if name in wanted]
+
+
+def check_inputs(model: nn.Module, targets: str | Targets, key: str, size: int) -> None:
+    """Whether `size` divides the inputs of all chosen layers (peft would take another size instead).
+
+    Raises:
+        ConfigError: it does not, with the layers.
+    """
+    layers = [(name, model.get_submodule(name).in_features) for name in target_layers(model, targets)]
+    wrong = [f"{name} ({inputs})" for name, inputs in layers if int(inputs) % size]  # type: ignore[arg-type]
+    if wrong:
+        what = f"{size} does not divide the inputs of {len(wrong)} layers: {', '.join(wrong[:3])}"
+        raise ConfigError(Problem(key, what, "choose a divisor, or other target_modules"))
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """Names in one block. attention_end, mlp_end: the linear layers that end the sublayers. mlp: the module, or ""."""
+
+    attention_end: str
+    mlp_end: str
+    mlp: str
+    hidden_size: int
+
+
+def sublayers(model: nn.Module) -> list[Sublayers]:
+    """The two sublayers of every block, by structure: the child with "att" in its name, and all other linear layers.
+
+    Raises:
+        ModelError: blocks with other parts than one attention and one MLP, or with several experts.
+    """
+    found, problems = [], []
+    for root, block in decoder_layers(model):
+        groups: dict[str, list[tuple[str, nn.Linear]]] = {}
+        for child, module in block.named_children():
+            inside = module.named_modules(prefix=f"{root}.{child}")
+            linears = [(name, linear) for name, linear in inside if isinstance(linear, nn.Linear)]
+            if linears:
+                groups.setdefault("" if isinstance(module, nn.Linear) else child, []).extend(linears)
+        attention = [child for child in groups if "att" in child.lower()]
+        others = [child for child in groups if child not in attention]
+        names = ", ".join(child or "(linear layers of the block)" for child in groups) or "none"
+        if len(attention) != 1 or len(others) != 1:
+            what = f"expected one attention and one MLP; parts with linear layers: {names}"
+            problems.append(Problem(root, what, "use an adapter for single layers, such as lora"))
+            continue
+        (first, first_layer), (second, second_layer) = (groups[part[0]][-1] for part in (attention, others))
+        mlp = f"{root}.{others[0]}" if others[0] else ""
+        lists = mlp and any(isinstance(part, nn.ModuleList) for part in model.get_submodule(mlp).modules())
+        if lists or first_layer.out_features != second_layer.out_features:
+            what = f"the MLP does not end in one projection to the hidden size (its last linear layer is {second})"
+            problems.append(Problem(root, what, "use an adapter for single layers, such as lora"))
+            continue
+        found.append(Sublayers(first, second, mlp, first_layer.out_features))
+    if problems:
+        raise ModelError(problems)
+    return found

@@ -17,9 +17,12 @@ DENSE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @MERGERS.register
 class Dense(Merger):
-    """LoRA and (IA)3 on dense backbones: peft's own merge, exact up to the rounding of the weights' dtype."""
+    """LoRA, (IA)3 and others on dense backbones: peft's own merge, exact up to the rounding of the weights' dtype."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("LORA", "IA3")
+    kinds: ClassVar[tuple[str, ...]] = (
+        *("LORA", "IA3", "BOFT", "FOURIERFT", "LN_TUNING"),
+        *("LOHA", "LOKR", "OFT", "RANDLORA", "VERA"),
+    )
     """What is tested here; peft's merges of other methods are not allowed by default."""
 
     refuses: ClassVar[dict[str, str]] = {
@@ -31,7 +34,7 @@ class Dense(Merger):
     def problems(self, model: PeftModel) -> list[Problem]:
         kind = adapter_kind(model)
         if kind not in self.kinds:
-            what = f'"dense" takes {" and ".join(self.kinds)}, not {kind}'
+            what = f'"dense" takes {", ".join(self.kinds)}, not {kind}'
             return [Problem("policy", what, 'use the policy "bundle", which is exact for every adapter')]
         problems = []
         for name, layer in model.get_base_model().named_modules():

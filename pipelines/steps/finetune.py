@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from compress_peft.adapters import ADAPTERS
+from compress_peft.errors import Problem
 from compress_peft.models.bundle import save_adapter
 from compress_peft.training import TrainingSettings, train
 from pipelines.plan import ModelShape, StepEstimate
@@ -31,6 +32,13 @@ class Finetune(Step):
         "bundled": "a bundle keeps its adapter -> fine-tune before the merge step",
     }
     adds: ClassVar[frozenset[str]] = frozenset({"adapted"})
+
+    def check_against(self, earlier: list[Step], where: str) -> list[Problem]:
+        reason = self.adapter.needs_dense()
+        if reason and any("quantized" in step.adds for step in earlier):
+            fix = "use another adapter, or leave out the quantize step"
+            return [Problem(f"{where}.adapter", f"{reason}, and the backbone is quantized before", fix)]
+        return []
 
     def label(self) -> str:
         return f"fine-tuned ({self.adapter.method})"

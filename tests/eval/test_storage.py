@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress_peft.adapters import Lora, Para
+from compress_peft.adapters import Lora, Para, Vera
 from compress_peft.models.save import save_model
 from compress_peft.quantization.apply import quantize_model
 from compress_peft.quantization.nf4 import NF4
@@ -35,6 +35,16 @@ def test_codes_and_scales_of_nf4() -> None:
     assert after.parameters == before.parameters and after.embeddings == before.embeddings
     assert after.bits_per_weight == pytest.approx(8 * (after.codes + after.scales) / weights)
     assert 4.1 < after.bits_per_weight < 4.6
+
+
+def test_frozen_matrices_of_an_adapter_are_its_own() -> None:
+    model = build_tiny_llama()
+    before = measure_storage(model)
+    after = measure_storage(Vera(r=16).attach(model))
+    layers = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64) + 14 * 16
+    assert after.adapter_parameters == layers
+    assert after.adapter == 4 * (layers + 16 * (128 + 128))  # A and B, once
+    assert after.other == before.other
 
 
 @pytest.mark.parametrize("method", [Para(r=4), Lora(r=4)])

@@ -1,10 +1,10 @@
-"""Adding LoRA and (IA)3 to dense weights."""
+"""Adding adapters to dense weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoHaConfig, get_peft_model
+from peft import MissConfig, get_peft_model
 from torch import nn
 
 from compress_peft.adapters import ADAPTERS
@@ -14,10 +14,11 @@ from tests.adapters.helpers import adapted, para_layers, perturb, prompts
 from tests.conftest import build_tiny_llama
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3"])
+@pytest.mark.parametrize("method", [name for name in ADAPTERS if "dense" in ADAPTERS[name].merge_policies])
 def test_merged_equals_adapted(method):
     bare = build_tiny_llama()
     base = bare(prompts()).logits
+    torch.manual_seed(0)
     model = ADAPTERS.create(method).attach(bare)
     perturb(model, size=0.2)
     model.eval()
@@ -44,5 +45,5 @@ def test_other_adapters_are_refused():
     with pytest.raises(ConfigError, match="not PARA"):
         Dense().merge(model)
     assert len(para_layers(model)) == 2
-    with pytest.raises(ConfigError, match="not LOHA"):
-        Dense().merge(get_peft_model(build_tiny_llama(), LoHaConfig(target_modules=["q_proj"])))
+    with pytest.raises(ConfigError, match="not MISS"):
+        Dense().merge(get_peft_model(build_tiny_llama(), MissConfig(target_modules=["q_proj"])))

@@ -1,30 +1,45 @@
-"""PARA on an NF4 backbone: attached, trained, folded."""
+"""PARA on a compressed backbone: attached, trained, folded."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from compress_peft.adapters import ADAPTERS, Para
 from compress_peft.errors import ConfigError
 from compress_peft.merging import Dense, Static
+from compress_peft.models.save import save_model
 from compress_peft.quantization.apply import quantize_model
 from compress_peft.quantization.nf4 import NF4
+from compress_peft.quantization.rtn import RTN
 from compress_peft.weights.compressed import CompressedWeight
 from tests.adapters.helpers import adapted, padded, para_layers, perturb, prompts
 from tests.conftest import build_tiny_llama
 
+QUANTIZERS = {
+    "nf4": NF4(),
+    "nf4_single": NF4(double_quant=False),
+    "int4": RTN(),
+    "int3": RTN(bits=3, group_size=None, symmetric=True),
+    "int8": RTN(bits=8, scale_dtype="float32"),
+}
 
-def nf4_llama(double_quant=True, **overrides):
+
+def compressed_llama(quantizer, **overrides):
     model = build_tiny_llama(**overrides)
-    quantize_model(model, NF4(double_quant=double_quant), progress=False)
+    quantize_model(model, quantizer, progress=False)
     return model
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_constant_vectors_fold_exactly_and_stay_compressed(double_quant):
-    bare = nf4_llama(double_quant)
+def nf4_llama(**overrides):
+    return compressed_llama(NF4(), **overrides)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_constant_vectors_fold_exactly_and_stay_compressed(quantizer, tmp_path):
+    bare = compressed_llama(quantizer)
     layer = bare.model.layers[0].self_attn.v_proj
     codes, dense = layer.weight.components()["codes"].clone(), layer.weight.dequantize()
     model = adapted(bare)
@@ -41,6 +56,9 @@ def test_constant_vectors_fold_exactly_and_stay_compressed(double_quant):
     assert torch.equal(folded.weight.components()["codes"], codes)
     wanted = dense * scale["model.layers.0.self_attn.v_proj"][:, None]
     torch.testing.assert_close(folded.weight.dequantize(), wanted, rtol=1e-6, atol=0)
+    again = AutoModelForCausalLM.from_pretrained(save_model(merged, tmp_path / "merged"))
+    with torch.no_grad():
+        assert torch.equal(again(prompts()).logits, merged(prompts()).logits)
     assert not any(parameter.requires_grad for parameter in merged.model.layers.parameters())
 
 

@@ -112,6 +112,10 @@ CASES: dict[str, tuple[Break, list[str]]] = {
         put("steps", 2, value={"step": "merge", "policy": "dense"}),
         ["steps[2].policy", '"dense" cannot take a quantized backbone', "undo the compression"],
     ),
+    "adapter that needs a dense backbone": (
+        put("steps", 1, "adapter", value={"method": "lora", "use_dora": True}),
+        ["steps[1].adapter", "the backbone is quantized before", "leave out the quantize step"],
+    ),
     "finetune without data": (drop("data"), ["steps[1]", "no data section", "add data:"]),
     "block size that the grid does not have": (
         put("steps", 0, "block_size", value=100),

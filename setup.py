@@ -35,7 +35,11 @@ class BuildKernels(build_ext):
         return True
 
 
+FOLDER = Path("compress_peft", "csrc")
+SOURCES = [str(FOLDER / name) for name in ("cpu.c", "nf4.c", "affine.c")]
+HEADERS = [str(FOLDER / name) for name in ("common.h", "affine_x86.h")]
+
 setup(
-    ext_modules=[Extension("compress_peft._nf4", ["compress_peft/csrc/nf4.c"], optional=True)],
+    ext_modules=[Extension("compress_peft._kernels", SOURCES, depends=HEADERS, optional=True)],
     cmdclass={"build_ext": BuildKernels},
 )

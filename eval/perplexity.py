@@ -7,43 +7,15 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from compress_peft.data.blocks import text_blocks
 from compress_peft.errors import DataError, Problem
 from compress_peft.models.prompts import NO_PROMPT, prompt_kwargs
 from eval.forward import token_logprobs
 from eval.records import Perplexity
-
-
-def text_blocks(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], block_size: int, max_blocks: int | None = None
-) -> Tensor:
-    """Documents joined by the end-of-text token, cut into (blocks, block_size) token ids; the rest is dropped.
-
-    Raises:
-        DataError: the text does not fill one block, or the tokenizer has no end-of-text token.
-    """
-    if tokenizer.eos_token_id is None:
-        raise DataError(Problem("tokenizer", "has no end-of-text token to join documents with", "define eos_token"))
-    ids: list[int] = []
-    for document in documents:
-        ids += [*tokenizer(document, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        if max_blocks is not None and len(ids) >= max_blocks * block_size:
-            break
-    count = len(ids) // block_size
-    if max_blocks is not None:
-        count = min(count, max_blocks)
-    if count == 0:
-        raise DataError(
-            Problem(
-                "perplexity",
-                f"the held-out text has {len(ids)} tokens, one block needs {block_size}",
-                "give more text or a smaller block_size",
-            )
-        )
-    return torch.tensor(ids[: count * block_size]).view(count, block_size)
 
 
 @torch.inference_mode()

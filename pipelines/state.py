@@ -108,7 +108,7 @@ class RunState:
         self._data, self._tokenizer = other._data, other._tokenizer
 
     def calibration_batches(self, prompts: int, batch_size: int = 8) -> Iterator[Batch]:
-        """The first prompts of the training split alone: the responses are empty, nothing of validation or test is seen."""
+        """The first prompts of the training split, without responses; nothing of validation or test is seen."""
         tokenizer = self.tokenizer()
         pairs = encode_all(tokenizer, self.data().train[:prompts], self.data_settings().max_length, eos=False)
         for batch in batches([(prompt, []) for prompt, _ in pairs], tokenizer, batch_size):

@@ -2,33 +2,11 @@
 
    Layout (compress_peft/tensors/nf4.py): weights in row-major order, byte i = code[2i] << 4 | code[2i + 1], one scale
    per `block` consecutive weights. The scales are either float32 (`absmax`) or, if `absmax` is NULL, double quantized:
-   scale = map[absmax_codes[b]] * absmax_scales[b / 256] + *offset.
+   scale = map[absmax_codes[b]] * absmax_scales[b / 256] + *offset. */
 
-   isa: 0 = portable C, 2 = AVX2, 3 = AVX-512; the caller passes at most nf4_best_isa(). */
-
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(_MSC_VER)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
-#if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
-#define HAVE_X86 1
-#include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,fma")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
+#include "common.h"
 
 #define UNIT 32      /* weights that one step decodes; `block` is a multiple of it */
-#define MAX_ROWS 8   /* rows of x that one pass over the codes serves */
 
 static const float GRID[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
@@ -52,13 +30,6 @@ INLINE float scale_of(const Weight *w, int64_t b) {
     return product + w->offset; /* two roundings: compiled with -ffp-contract=off */
 }
 
-INLINE uint16_t to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u); /* NaN stays NaN */
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
 INLINE float weight_at(const Weight *w, int64_t i, float scale) {
     const uint8_t byte = w->codes[i >> 1];
     return GRID[(i & 1) ? (byte & 15) : (byte >> 4)] * scale;
@@ -73,19 +44,22 @@ static void dequant_portable(const Weight *w, int64_t begin, int64_t end, float 
     }
 }
 
-/* out[r * stride] = sum_k x[r * k + i] * weight[row * k + i] for `rows` rows of x. */
-static void dot_portable(const Weight *w, int64_t row, int64_t k, const float *x, int rows, float *out, int64_t stride) {
-    float total[MAX_ROWS] = {0};
-    for (int64_t start = 0; start < k; start += w->block) {
-        float sum[MAX_ROWS] = {0};
-        for (int64_t i = start; i < start + w->block; i++) {
-            const float value = weight_at(w, row * k + i, 1.0f);
-            for (int r = 0; r < rows; r++) sum[r] += value * x[r * k + i];
+/* out[r * stride + j] = sum_i x[r * k + i] * weight[(row + j) * k + i] for `width` rows of the weight, `rows` of x. */
+static void dot_portable(const Weight *w, int64_t row, int width, int64_t k, const float *x, int rows, float *out,
+                         int64_t stride) {
+    for (int j = 0; j < width; j++) {
+        float total[MAX_ROWS] = {0};
+        for (int64_t start = 0; start < k; start += w->block) {
+            float sum[MAX_ROWS] = {0};
+            for (int64_t i = start; i < start + w->block; i++) {
+                const float value = weight_at(w, (row + j) * k + i, 1.0f);
+                for (int r = 0; r < rows; r++) sum[r] += value * x[r * k + i];
+            }
+            const float scale = scale_of(w, ((row + j) * k + start) / w->block);
+            for (int r = 0; r < rows; r++) total[r] += scale * sum[r];
         }
-        const float scale = scale_of(w, (row * k + start) / w->block);
-        for (int r = 0; r < rows; r++) total[r] += scale * sum[r];
+        for (int r = 0; r < rows; r++) out[r * stride + j] = total[r];
     }
-    for (int r = 0; r < rows; r++) out[r * stride] = total[r];
 }
 
 #ifdef HAVE_X86
@@ -132,25 +106,10 @@ AVX2 static void dequant_avx2(const Weight *w, int64_t begin, int64_t end, float
         decode_avx2(&planes, w->codes + i / 2, value);
         for (int j = 0; j < 4; j++) {
             const __m256 v = _mm256_permutevar8x32_ps(_mm256_mul_ps(value[j], factor), order);
-            if (f32) {
-                _mm256_storeu_ps(f32 + i + 8 * j, v);
-            } else {
-                const __m256i bits = _mm256_castps_si256(v);
-                const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-                const __m256i half = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-                const __m256i top = _mm256_srli_epi32(half, 16);
-                const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0x08);
-                _mm_storeu_si128((__m128i *)(bf16 + i + 8 * j), _mm256_castsi256_si128(packed));
-            }
+            store_avx2(v, f32, bf16, i + 8 * j);
         }
     }
     dequant_portable(w, i, end, scale, f32, bf16);
-}
-
-INLINE AVX2 float sum_avx2(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
 INLINE AVX2 void dot_avx2_rows(const Weight *w, int64_t row, int64_t k, const float *x, const int rows, float *out,
@@ -176,12 +135,15 @@ INLINE AVX2 void dot_avx2_rows(const Weight *w, int64_t row, int64_t k, const fl
     for (int r = 0; r < rows; r++) out[r * stride] = sum_avx2(total[r]);
 }
 
-AVX2 static void dot_avx2(const Weight *w, int64_t row, int64_t k, const float *x, int rows, float *out,
+AVX2 static void dot_avx2(const Weight *w, int64_t row, int width, int64_t k, const float *x, int rows, float *out,
                           int64_t stride) {
-    for (; rows >= 4; rows -= 4, x += 4 * k, out += 4 * stride) dot_avx2_rows(w, row, k, x, 4, out, stride);
-    if (rows == 3) dot_avx2_rows(w, row, k, x, 3, out, stride);
-    if (rows == 2) dot_avx2_rows(w, row, k, x, 2, out, stride);
-    if (rows == 1) dot_avx2_rows(w, row, k, x, 1, out, stride);
+    for (; rows > 0; rows -= 4, x += 4 * k, out += 4 * stride)
+        for (int j = 0; j < width; j++) {
+            if (rows >= 4) dot_avx2_rows(w, row + j, k, x, 4, out + j, stride);
+            if (rows == 3) dot_avx2_rows(w, row + j, k, x, 3, out + j, stride);
+            if (rows == 2) dot_avx2_rows(w, row + j, k, x, 2, out + j, stride);
+            if (rows == 1) dot_avx2_rows(w, row + j, k, x, 1, out + j, stride);
+        }
 }
 
 /* AVX-512: vpermps takes only the low 4 bits of an index, so a zero-extended byte is the index of its low nibble.
@@ -190,13 +152,6 @@ INLINE AVX512 void decode_avx512(__m512 grid, const uint8_t *codes, __m512 *even
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
     *even = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), grid);
     *odd = _mm512_permutexvar_ps(bytes, grid);
-}
-
-INLINE AVX512 __m256i bf16_avx512(__m512 v) {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i half = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(half, 16));
 }
 
 AVX512 static void dequant_avx512(const Weight *w, int64_t begin, int64_t end, float scale, float *f32,
@@ -210,13 +165,8 @@ AVX512 static void dequant_avx512(const Weight *w, int64_t begin, int64_t end, f
         __m512 even, odd;
         decode_avx512(scaled, w->codes + i / 2, &even, &odd);
         const __m512 a = _mm512_permutex2var_ps(even, first, odd), b = _mm512_permutex2var_ps(even, second, odd);
-        if (f32) {
-            _mm512_storeu_ps(f32 + i, a);
-            _mm512_storeu_ps(f32 + i + 16, b);
-        } else {
-            _mm256_storeu_si256((__m256i *)(bf16 + i), bf16_avx512(a));
-            _mm256_storeu_si256((__m256i *)(bf16 + i + 16), bf16_avx512(b));
-        }
+        store_avx512(a, f32, bf16, i);
+        store_avx512(b, f32, bf16, i + 16);
     }
     dequant_portable(w, i, end, scale, f32, bf16);
 }
@@ -245,42 +195,55 @@ INLINE AVX512 void dot_avx512_rows(const Weight *w, int64_t row, int64_t k, cons
     for (int r = 0; r < rows; r++) out[r * stride] = _mm512_reduce_add_ps(total[r]);
 }
 
-AVX512 static void dot_avx512(const Weight *w, int64_t row, int64_t k, const float *x, int rows, float *out,
-                              int64_t stride) {
-    switch (rows) {
-    case 8: dot_avx512_rows(w, row, k, x, 8, out, stride); return;
-    case 7: dot_avx512_rows(w, row, k, x, 7, out, stride); return;
-    case 6: dot_avx512_rows(w, row, k, x, 6, out, stride); return;
-    case 5: dot_avx512_rows(w, row, k, x, 5, out, stride); return;
-    case 4: dot_avx512_rows(w, row, k, x, 4, out, stride); return;
-    case 3: dot_avx512_rows(w, row, k, x, 3, out, stride); return;
-    case 2: dot_avx512_rows(w, row, k, x, 2, out, stride); return;
-    default: dot_avx512_rows(w, row, k, x, 1, out, stride);
+/* `width` rows of the weight share what is read of x; each block's scale goes into its table. */
+INLINE AVX512 void dot_avx512_tile(const Weight *w, int64_t row, const int width, int64_t k, const float *x,
+                                   const int rows, float *out, int64_t stride) {
+    const __m512 grid = _mm512_loadu_ps(GRID);
+    __m512 total[WIDTH][4], table[WIDTH];
+    for (int j = 0; j < width; j++)
+        for (int r = 0; r < rows; r++) total[j][r] = _mm512_setzero_ps();
+    for (int64_t start = 0, b = row * k / w->block; start < k; start += w->block, b++) {
+        for (int j = 0; j < width; j++) {
+            const float scale = scale_of(w, b + j * (k / w->block));
+            table[j] = _mm512_mul_ps(grid, _mm512_set1_ps(scale));
+        }
+        for (int64_t i = start; i < start + w->block; i += UNIT)
+            for (int j = 0; j < width; j++) {
+                __m512 even, odd;
+                decode_avx512(table[j], w->codes + ((row + j) * k + i) / 2, &even, &odd);
+                for (int r = 0; r < rows; r++) {
+                    total[j][r] = _mm512_fmadd_ps(even, _mm512_loadu_ps(x + r * k + i), total[j][r]);
+                    total[j][r] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + r * k + i + 16), total[j][r]);
+                }
+            }
     }
+    for (int j = 0; j < width; j++)
+        for (int r = 0; r < rows; r++) out[r * stride + j] = _mm512_reduce_add_ps(total[j][r]);
+}
+
+AVX512 static void dot_avx512(const Weight *w, int64_t row, int width, int64_t k, const float *x, int rows, float *out,
+                              int64_t stride) {
+    if (width == WIDTH) switch (rows) {
+        case 1: dot_avx512_tile(w, row, WIDTH, k, x, 1, out, stride); return;
+        case 2: dot_avx512_tile(w, row, WIDTH, k, x, 2, out, stride); return;
+        case 3: dot_avx512_tile(w, row, WIDTH, k, x, 3, out, stride); return;
+        case 4: dot_avx512_tile(w, row, WIDTH, k, x, 4, out, stride); return;
+        }
+    for (int j = 0; j < width; j++) switch (rows) {
+        case 8: dot_avx512_rows(w, row + j, k, x, 8, out + j, stride); break;
+        case 7: dot_avx512_rows(w, row + j, k, x, 7, out + j, stride); break;
+        case 6: dot_avx512_rows(w, row + j, k, x, 6, out + j, stride); break;
+        case 5: dot_avx512_rows(w, row + j, k, x, 5, out + j, stride); break;
+        case 4: dot_avx512_rows(w, row + j, k, x, 4, out + j, stride); break;
+        case 3: dot_avx512_rows(w, row + j, k, x, 3, out + j, stride); break;
+        case 2: dot_avx512_rows(w, row + j, k, x, 2, out + j, stride); break;
+        default: dot_avx512_rows(w, row + j, k, x, 1, out + j, stride);
+        }
 }
 #endif
 
 typedef void (*Dequant)(const Weight *, int64_t, int64_t, float, float *, uint16_t *);
-typedef void (*Dot)(const Weight *, int64_t, int64_t, const float *, int, float *, int64_t);
-
-EXPORT int nf4_best_isa(void) {
-#ifdef HAVE_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return 3;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 2;
-#endif
-    return 0;
-}
-
-EXPORT int nf4_has_openmp(void) {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
+typedef void (*Dot)(const Weight *, int64_t, int, int64_t, const float *, int, float *, int64_t);
 
 /* Weights [begin, begin + count), begin a multiple of block, to float32 (out_f32) or bfloat16 (out_bf16, the other NULL). */
 EXPORT void nf4_dequantize(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
@@ -293,7 +256,7 @@ EXPORT void nf4_dequantize(const uint8_t *codes, const float *absmax, const uint
     if (isa == 3) dequant = dequant_avx512;
 #endif
     const int64_t first = begin / block, blocks = (count + block - 1) / block;
-    if (count < 131072) threads = 1;
+    if (count < PARALLEL_FROM) threads = 1;
     (void)threads;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -318,23 +281,19 @@ EXPORT int nf4_matmul(const uint8_t *codes, const float *absmax, const uint8_t *
 #endif
     float *moved = NULL;
     if (group) {
-        moved = malloc((size_t)(m * k) * sizeof(float));
+        moved = even_first(x, m * k, group);
         if (!moved) return 1;
-        for (int64_t start = 0; start < m * k; start += group)
-            for (int64_t i = 0; i < group / 2; i++) {
-                moved[start + i] = x[start + 2 * i];
-                moved[start + group / 2 + i] = x[start + 2 * i + 1];
-            }
         x = moved;
     }
-    if (m * n * k < 131072) threads = 1; /* a parallel region would cost more than it saves */
+    if (m * n * k < PARALLEL_FROM) threads = 1;
     (void)threads;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads)
 #endif
-    for (int64_t row = 0; row < n; row++)
+    for (int64_t row = 0; row < n; row += WIDTH)
         for (int64_t r = 0; r < m; r += MAX_ROWS)
-            dot(&w, row, k, x + r * k, (int)(m - r < MAX_ROWS ? m - r : MAX_ROWS), out + r * n + row, n);
+            dot(&w, row, (int)(n - row < WIDTH ? n - row : WIDTH), k, x + r * k,
+                (int)(m - r < MAX_ROWS ? m - r : MAX_ROWS), out + r * n + row, n);
     free(moved);
     return 0;
 }

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress_peft.errors import CorruptFile, MissingRequirement, Problem
 from compress_peft.weights import CompressedWeight
-from compress_peft.weights.compressed import dtype_name
+from compress_peft.weights.compressed import dtype_name, stored_bits
 from compress_peft.weights.storage import Spec, join_weight, split_state_dict, stored_name
 
 METHOD = "compress_peft"
@@ -100,7 +100,8 @@ class CompressedQuantizer(HfQuantizer):
         return self.spec_of(model, param_name) is not None
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        return 0.52 if self.spec_of(model, param_name) else param.element_size()
+        spec = self.spec_of(model, param_name)
+        return stored_bits(spec) / 8 if spec is not None else param.element_size()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         dense = [

@@ -1,6 +1,8 @@
 """Quantizers: one file a method."""
 
+from compress_peft.quantization import gptq as gptq
 from compress_peft.quantization import nf4 as nf4
+from compress_peft.quantization import rtn as rtn
 from compress_peft.quantization.apply import QuantizationSummary, QuantizedLayer, quantize_model
 from compress_peft.quantization.base import QUANTIZERS, Quantizer
 

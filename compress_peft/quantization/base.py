@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, ClassVar
+import math
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress_peft.registry import Method, Registry
 from compress_peft.weights import CompressedWeight
+from compress_peft.weights.affine import affine_spec
+from compress_peft.weights.compressed import stored_bits
+
+Bits = Literal[2, 3, 4, 8]
+"""Of an affine grid."""
+
+GroupSize = Annotated[int, Field(gt=0, multiple_of=8)] | None
+"""Of an affine grid; None: one group per row."""
 
 
 class Quantizer(Method):
@@ -49,3 +59,29 @@ class Quantizer(Method):
 
 
 QUANTIZERS: Registry[Quantizer] = Registry("quantizer", "method")
+
+
+def affine_bits(
+    shape: tuple[int, int],
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    scale_dtype: torch.dtype = torch.float16,
+) -> float:
+    """Bits per weight of an affine grid with integer zeros (or none, if symmetric), all storage counted."""
+    zero_dtype = None if symmetric else torch.uint8
+    return stored_bits(affine_spec(shape, bits, group_size, zero_dtype, scale_dtype))
+
+
+def affine_problem(shape: tuple[int, int], group_size: int | None) -> str | None:
+    """Why groups of this size do not fit a layer (out, in), with the sizes that do; None if they fit."""
+    if not math.prod(shape):
+        return "the layer has no weights"
+    columns = shape[1]
+    if group_size is None or columns % group_size == 0:
+        return None
+    fitting = [size for size in range(8, columns, 8) if columns % size == 0]
+    usual = [size for size in fitting if size % 32 == 0] or fitting
+    nearest = sorted(sorted(usual, key=lambda size: abs(math.log(size / group_size)))[:4])
+    sizes = " or ".join([*map(str, nearest), "null (per channel)"])
+    return f"group_size {group_size} does not divide its {columns} inputs; use {sizes}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compress_peft.quantization.base import QUANTIZERS, Quantizer
 from compress_peft.weights import NF4Weight
-from compress_peft.weights.nf4 import component_shapes
+from compress_peft.weights.compressed import stored_bits
 
 
 @QUANTIZERS.register
@@ -34,9 +34,8 @@ class NF4(Quantizer):
         return NF4Weight.quantize(weight, self.block_size, self.double_quant, self.compute_dtype)
 
     def estimate_bits(self, shape: tuple[int, int]) -> float:
-        spec = {"shape": shape, "block_size": self.block_size, "double_quant": self.double_quant}
-        stored = component_shapes(spec).values()
-        return 8 * sum(dtype.itemsize * math.prod(size) for dtype, size in stored) / math.prod(shape)
+        spec = {"kind": "nf4", "shape": shape, "block_size": self.block_size, "double_quant": self.double_quant}
+        return stored_bits(spec)
 
     def check(self, shape: tuple[int, int]) -> str | None:
         return None if math.prod(shape) else "the layer has no weights"

@@ -1,6 +1,7 @@
 """Compressed weights: what `nn.Linear.weight` becomes, and the kernels that run it."""
 
+from compress_peft.weights.affine import AffineWeight
 from compress_peft.weights.compressed import CompressedWeight, UnsupportedOperation
 from compress_peft.weights.nf4 import NF4Weight
 
-__all__ = ["CompressedWeight", "NF4Weight", "UnsupportedOperation"]
+__all__ = ["AffineWeight", "CompressedWeight", "NF4Weight", "UnsupportedOperation"]

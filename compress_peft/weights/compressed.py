@@ -7,17 +7,26 @@ Gradients flow to the input of the layer, never to the codes.
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from compress_peft.errors import Problem, UserError, did_you_mean
+from compress_peft.weights import kernels
+from compress_peft.weights.parts import Parts
 
 aten = torch.ops.aten
+
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape by component."""
 
 
 class UnsupportedOperation(UserError):
@@ -47,13 +56,64 @@ class CompressedWeight(Tensor):
 
     # What a grid defines.
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight, (out, in), in the logical dtype unless another is given."""
+    @property
+    def parts(self) -> Parts:
+        """The plain tensors, for the kernels."""
         raise NotImplementedError
 
     def spec(self) -> dict[str, Any]:
         """JSON-able: everything but the tensors. `from_components` is its inverse."""
         raise NotImplementedError
+
+    @classmethod
+    def component_shapes(cls, spec: Mapping[str, Any]) -> Shapes:
+        """The components of a weight with this spec, in the order of `component_names`."""
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CompressedWeight:
+        """The weight from a spec and the tensors that `component_shapes` asks for."""
+        raise NotImplementedError
+
+    def scale_rows(self, vector: Tensor) -> CompressedWeight:
+        """diag(vector) @ weight, exact; vector: (out,).
+
+        Raises:
+            UserError: this grid and shape cannot hold the result exactly.
+        """
+        raise NotImplementedError
+
+    # What holds for all of them.
+
+    spec_text: str
+    """`spec()` as JSON: text that an operator of a compiled model can take."""
+
+    compute_dtype: str = "auto"
+    """Dtype of the products; "auto" is chosen by device and activations."""
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, (out, in), in the logical dtype unless another is given."""
+        return kernels.dequantize(self.parts, dtype or self.dtype)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), with a gradient to x."""
+        if torch.compiler.is_compiling():
+            parts = list(self.components().values())
+            out = compressed_linear(x.reshape(-1, x.shape[-1]), parts, self.spec_text)
+            return out.view(*x.shape[:-1], self.shape[0])
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Linear.apply(x, self)
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`linear` without a record for gradients."""
+        out = kernels.linear(x.reshape(-1, x.shape[-1]), self.parts, _compute(self.compute_dtype))
+        return out.view(*x.shape[:-1], self.shape[0])
+
+    def backward_input(self, grad: Tensor) -> Tensor:
+        """grad (..., out) @ weight -> (..., in). Dequantizes again instead of keeping the dense weight."""
+        out = kernels.linear_backward(grad.reshape(-1, grad.shape[-1]), self.parts, _compute(self.compute_dtype))
+        return out.view(*grad.shape[:-1], self.shape[1])
 
     @classmethod
     def from_components(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CompressedWeight:
@@ -66,21 +126,17 @@ class CompressedWeight(Tensor):
         if kind not in CompressedWeight._kinds:
             fix = did_you_mean(kind, CompressedWeight._kinds)
             raise UserError(Problem("kind", f'unknown kind of compressed weight "{kind}"', fix))
-        return CompressedWeight._kinds[kind].from_components(spec, tensors)
-
-    def scale_rows(self, vector: Tensor) -> CompressedWeight:
-        """diag(vector) @ weight, exact; vector: (out,).
-
-        Raises:
-            UserError: this grid and shape cannot hold the result exactly.
-        """
-        raise NotImplementedError
-
-    def linear(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), with a gradient to x."""
-        raise NotImplementedError
-
-    # What holds for all of them.
+        grid = CompressedWeight._kinds[kind]
+        expected = grid.component_shapes(spec)
+        problems = [
+            Problem(name, f"expected {dtype_name(dtype)} {shape}, got {_describe(tensors.get(name))}")
+            for name, (dtype, shape) in expected.items()
+            if name not in tensors or tensors[name].dtype != dtype or tuple(tensors[name].shape) != shape
+        ]
+        problems += [Problem(name, "not a part of this weight") for name in tensors if name not in expected]
+        if problems:
+            raise UserError(problems)
+        return grid.build(spec, tensors)
 
     def components(self) -> dict[str, Tensor]:
         """The tensors that are stored, by name."""
@@ -182,6 +238,70 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return out if bias is None else out + bias.to(out.dtype)
 
 
+class _Linear(torch.autograd.Function):
+    """x @ W^T; the backward pass decodes W again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: CompressedWeight) -> Tensor:
+        ctx.weight = weight
+        return weight.forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.weight.backward_input(grad), None
+
+
+# Under torch.compile the product is one opaque operator; in eager mode its dispatch would cost more than it gives.
+
+
+@torch.library.custom_op("compress_peft::linear", mutates_args=())
+def compressed_linear(x: Tensor, components: list[Tensor], spec: str) -> Tensor:
+    """x (rows, in) -> (rows, out); spec: JSON."""
+    return _rebuild(components, spec).forward(x)
+
+
+@compressed_linear.register_fake
+def _(x: Tensor, components: list[Tensor], spec: str) -> Tensor:
+    return x.new_empty(x.shape[0], _parse(spec)["shape"][0])
+
+
+@torch.library.custom_op("compress_peft::linear_backward", mutates_args=())
+def compressed_linear_backward(grad: Tensor, components: list[Tensor], spec: str) -> Tensor:
+    """grad (rows, out) -> (rows, in)."""
+    return _rebuild(components, spec).backward_input(grad)
+
+
+@compressed_linear_backward.register_fake
+def _(grad: Tensor, components: list[Tensor], spec: str) -> Tensor:
+    return grad.new_empty(grad.shape[0], _parse(spec)["shape"][1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, components, ctx.spec = inputs
+    ctx.save_for_backward(*components)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
+    components = list(ctx.saved_tensors)
+    out = compressed_linear_backward(grad.contiguous(), components, ctx.spec)
+    return out, [None] * len(components), None
+
+
+compressed_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(spec: str) -> dict[str, Any]:
+    return json.loads(spec)
+
+
+def _rebuild(components: list[Tensor], text: str) -> CompressedWeight:
+    spec = _parse(text)
+    grid = CompressedWeight._kinds[spec["kind"]]
+    return grid.build(spec, dict(zip(grid.component_shapes(spec), components, strict=True)))
+
+
 def _to_copy(weight: CompressedWeight, **kwargs: Any) -> CompressedWeight:
     """`.to(device, dtype)`: the components move, only the logical dtype changes."""
     device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
@@ -208,6 +328,20 @@ def _copy_into(target: CompressedWeight, source: Tensor) -> CompressedWeight:
     for name, tensor in target.components().items():
         tensor.copy_(source.components()[name])
     return target
+
+
+def stored_bits(spec: Mapping[str, Any]) -> float:
+    """Bits per weight of a weight with this spec, all components counted."""
+    stored = CompressedWeight._kinds[spec["kind"]].component_shapes(spec).values()
+    return 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in stored) / math.prod(spec["shape"])
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
+
+
+def _compute(name: str) -> torch.dtype | None:
+    return None if name == "auto" else dtype_from_name(name)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
-"""Which code runs for an NF4 weight: the fastest that there is for the device, the shape and the dtype.
+"""Which code runs for a compressed weight: the fastest that there is for the device, the shape and the dtype.
 
-CPU: the C kernels (native.py) where they were built, else plain torch. CUDA: bitsandbytes (cuda.py). All of them are
-tested against `dequantize` followed by a dense product.
+CPU: the C kernels (native.py) where they were built, else plain torch. CUDA: bitsandbytes (cuda.py) for NF4, plain
+torch for affine grids. All of them are tested against `Parts.dequantize` followed by a dense product.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress_peft.tensors import nf4
 from compress_peft.weights import cuda, native
-from compress_peft.weights.parts import NF4Parts
+from compress_peft.weights.parts import NF4Parts, Parts
 
 FEW_ROWS = 16
 """Up to so many rows of activations the C product beats dequantizing and a dense product (measured on Zen 4)."""
@@ -27,30 +26,25 @@ SCRATCH = 1 << 22
 _local = threading.local()
 
 
-def dequantize(parts: NF4Parts, dtype: torch.dtype) -> Tensor:
+def dequantize(parts: Parts, dtype: torch.dtype) -> Tensor:
     """The dense weight (out, in)."""
-    if parts.codes.device.type == "cuda":
+    kind = parts.codes.device.type
+    if kind == "cuda" and isinstance(parts, NF4Parts):
         return cuda.dequantize(parts, dtype)
-    if parts.codes.device.type == "cpu" and native.available():
+    if kind == "cpu" and native.available():
         return native.dequantize(parts, dtype)
-    absmax = parts.absmax
-    if absmax is None:
-        assert parts.absmax_codes is not None and parts.absmax_scales is not None and parts.absmax_offset is not None
-        absmax = nf4.dequantize_absmax(parts.absmax_codes, parts.absmax_scales, parts.absmax_offset)
-    return nf4.dequantize_nf4(parts.codes, absmax, parts.shape, parts.block_size, dtype)
+    return parts.dequantize(dtype)
 
 
-def linear(x: Tensor, parts: NF4Parts, compute_dtype: torch.dtype | None = None) -> Tensor:
+def linear(x: Tensor, parts: Parts, compute_dtype: torch.dtype | None = None) -> Tensor:
     """(rows, in) @ weight^T -> (rows, out), in x's dtype; no gradient is recorded.
 
     compute_dtype: dtype of the product; None chooses (see `product_dtype`).
     """
     dtype = compute_dtype or product_dtype(x.dtype, x.device)
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" and isinstance(parts, NF4Parts):
         return cuda.linear(x.to(dtype), parts).to(x.dtype)
-    columns = parts.shape[1]
-    aligned = columns % parts.block_size == 0
-    if x.device.type == "cpu" and aligned and native.available():
+    if x.device.type == "cpu" and parts.by_rows and native.available():
         if len(x) <= FEW_ROWS and compute_dtype in (None, torch.float32):
             return native.matmul(x.float().contiguous(), parts).to(x.dtype)
         if dtype in (torch.float32, torch.bfloat16):
@@ -58,21 +52,20 @@ def linear(x: Tensor, parts: NF4Parts, compute_dtype: torch.dtype | None = None)
     return functional.linear(x.to(dtype), dequantize(parts, dtype)).to(x.dtype)
 
 
-def linear_backward(grad: Tensor, parts: NF4Parts, compute_dtype: torch.dtype | None = None) -> Tensor:
+def linear_backward(grad: Tensor, parts: Parts, compute_dtype: torch.dtype | None = None) -> Tensor:
     """(rows, out) @ weight -> (rows, in): the gradient to the input, in grad's dtype. Dequantizes again."""
     dtype = compute_dtype or product_dtype(grad.dtype, grad.device)
-    columns = parts.shape[1]
-    by_parts = grad.device.type == "cpu" and columns % parts.block_size == 0 and native.available() is not None
-    if by_parts and dtype == torch.float32:
+    on_cpu = grad.device.type == "cpu" and dtype == torch.float32
+    if on_cpu and parts.by_rows and native.available():
         cast = grad.to(dtype)
-        out = torch.zeros(len(cast), columns)
+        out = torch.zeros(len(cast), parts.shape[1])
         for start, dense in _dense_parts(parts, dtype):
             out.addmm_(cast[:, start : start + len(dense)], dense)
         return out.to(grad.dtype)
     return (grad.to(dtype) @ dequantize(parts, dtype)).to(grad.dtype)
 
 
-def _linear_by_parts(x: Tensor, parts: NF4Parts) -> Tensor:
+def _linear_by_parts(x: Tensor, parts: Parts) -> Tensor:
     if parts.shape[0] * parts.shape[1] <= SCRATCH:
         ((_, dense),) = _dense_parts(parts, x.dtype)
         return functional.linear(x, dense)
@@ -82,7 +75,7 @@ def _linear_by_parts(x: Tensor, parts: NF4Parts) -> Tensor:
     return out
 
 
-def _dense_parts(parts: NF4Parts, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def _dense_parts(parts: Parts, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, dense rows) in order. The rows lie in a buffer that the next ones overwrite."""
     out_features, columns = parts.shape
     step = max(SCRATCH // columns, 1)

@@ -1,4 +1,4 @@
-"""The C kernels of csrc/nf4.c, called through ctypes. Absent without a compiler at install time; then nothing is lost
+"""The C kernels of csrc/, called through ctypes. Absent without a compiler at install time; then nothing is lost
 but speed."""
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from torch import Tensor
 
 from compress_peft.errors import ConfigError, Problem, did_you_mean
 from compress_peft.tensors.nf4 import dynamic_map
-from compress_peft.weights.parts import NF4Parts
+from compress_peft.weights.parts import AffineParts, NF4Parts, Parts
 
 ISA_VARIABLE = "COMPRESS_PEFT_CPU_ISA"
 """Environment variable that caps the instruction set: avx512, avx2, portable, or none (no C kernels at all)."""
 
 _ISA = {"portable": 0, "avx2": 2, "avx512": 3}
+_ZERO_KINDS = {torch.uint8: 1, torch.float16: 2, torch.float32: 3}
 _CPU = torch.device("cpu")
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    spec = importlib.util.find_spec("compress_peft._nf4")
+    spec = importlib.util.find_spec("compress_peft._kernels")
     if spec is None or spec.origin is None:
         return None
     try:
@@ -32,10 +33,14 @@ def _library() -> ctypes.CDLL | None:
     except OSError:  # built for another machine or without its OpenMP runtime: plain torch, and `active` says so
         return None
     pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    weight = [pointer] * 6 + [size]
-    library.nf4_dequantize.argtypes = [*weight, size, size, pointer, pointer, integer, integer]
+    nf4 = [pointer] * 6 + [size]
+    library.nf4_dequantize.argtypes = [*nf4, size, size, pointer, pointer, integer, integer]
     library.nf4_dequantize.restype = None
-    library.nf4_matmul.argtypes = [*weight, pointer, pointer, size, size, size, integer, integer]
+    library.nf4_matmul.argtypes = [*nf4, pointer, pointer, size, size, size, integer, integer]
+    affine = [pointer] * 3 + [integer] * 3 + [size]
+    library.affine_dequantize.argtypes = [*affine, size, size, size, pointer, pointer, integer, integer]
+    library.affine_dequantize.restype = None
+    library.affine_matmul.argtypes = [*affine, pointer, pointer, size, size, size, integer, integer]
     return library
 
 
@@ -55,16 +60,16 @@ def available() -> str | None:
     library = _library()
     if library is None:
         return None
-    best = min(_ISA[wish], library.nf4_best_isa())
+    best = min(_ISA[wish], library.cpu_best_isa())
     return next(name for name, value in _ISA.items() if value == best)
 
 
 def has_openmp() -> bool:
     library = _library()
-    return library is not None and bool(library.nf4_has_openmp())
+    return library is not None and bool(library.cpu_has_openmp())
 
 
-def _pointers(parts: NF4Parts) -> tuple[int | None, ...]:
+def _nf4(parts: NF4Parts) -> tuple[int | None, ...]:
     if parts.absmax is not None:
         return parts.codes.data_ptr(), parts.absmax.data_ptr(), None, None, None, None, parts.block_size
     assert parts.absmax_codes is not None and parts.absmax_scales is not None and parts.absmax_offset is not None
@@ -79,7 +84,19 @@ def _pointers(parts: NF4Parts) -> tuple[int | None, ...]:
     )
 
 
-def dequantize(parts: NF4Parts, dtype: torch.dtype, isa: str | None = None) -> Tensor:
+def _affine(parts: AffineParts) -> tuple[int | None, ...]:
+    return (
+        parts.codes.data_ptr(),
+        parts.scales.data_ptr(),
+        None if parts.zeros is None else parts.zeros.data_ptr(),
+        parts.scales.dtype == torch.float16,
+        0 if parts.zeros is None else _ZERO_KINDS[parts.zeros.dtype],
+        parts.bits,
+        parts.group_size or parts.shape[1],
+    )
+
+
+def dequantize(parts: Parts, dtype: torch.dtype, isa: str | None = None) -> Tensor:
     """(out, in) on the CPU, in float32 or bfloat16 straight, in other dtypes by way of float32."""
     direct = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
     out = torch.empty(parts.shape, dtype=direct)
@@ -87,30 +104,36 @@ def dequantize(parts: NF4Parts, dtype: torch.dtype, isa: str | None = None) -> T
     return out.to(dtype)
 
 
-def dequantize_into(out: Tensor, parts: NF4Parts, first_row: int = 0, isa: str | None = None) -> None:
+def dequantize_into(out: Tensor, parts: Parts, first_row: int = 0, isa: str | None = None) -> None:
     """Rows first_row ... of the weight into `out` (rows, in), contiguous, float32 or bfloat16.
 
-    first_row * in is a multiple of the block size.
+    Of an NF4 weight, first_row * in is a multiple of the block size.
     """
     library = _library()
     assert library is not None and out.is_contiguous()
     target = (out.data_ptr(), None) if out.dtype == torch.float32 else (None, out.data_ptr())
-    begin = first_row * parts.shape[1]
+    run = (*target, _ISA[isa or available() or "portable"], torch.get_num_threads())
+    columns = parts.shape[1]
+    if isinstance(parts, AffineParts):
+        library.affine_dequantize(*_affine(parts), columns, first_row, len(out), *run)
+        return
+    begin = first_row * columns
     assert begin % parts.block_size == 0
-    level = _ISA[isa or available() or "portable"]
-    library.nf4_dequantize(*_pointers(parts), begin, out.numel(), *target, level, torch.get_num_threads())
+    library.nf4_dequantize(*_nf4(parts), begin, out.numel(), *run)
 
 
-def matmul(x: Tensor, parts: NF4Parts, isa: str | None = None) -> Tensor:
-    """(rows, in) float32 contiguous @ (out, in)^T -> (rows, out) float32; `in` is a multiple of the block size."""
+def matmul(x: Tensor, parts: Parts, isa: str | None = None) -> Tensor:
+    """(rows, in) float32 contiguous @ (out, in)^T -> (rows, out) float32; `parts.by_rows` holds."""
     library = _library()
     assert library is not None and x.dtype == torch.float32 and x.is_contiguous()
     rows, columns = x.shape
     out = torch.empty(rows, parts.shape[0], dtype=torch.float32)
     level = _ISA[isa or available() or "portable"]
-    failed = library.nf4_matmul(
-        *_pointers(parts), x.data_ptr(), out.data_ptr(), rows, parts.shape[0], columns, level, torch.get_num_threads()
-    )
+    run = (x.data_ptr(), out.data_ptr(), rows, parts.shape[0], columns, level, torch.get_num_threads())
+    if isinstance(parts, AffineParts):
+        failed = library.affine_matmul(*_affine(parts), *run)
+    else:
+        failed = library.nf4_matmul(*_nf4(parts), *run)
     if failed:
         raise MemoryError(f"no memory for a copy of {rows} x {columns} activations")
     return out

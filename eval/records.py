@@ -109,7 +109,6 @@ class Storage(Record):
     parameters: int = 0
     """Logical number of backbone weights (a 4-bit weight counts as one)."""
     adapter_parameters: int = 0
-    trainable_parameters: int = 0
     quantized_layers: int = 0
     bits_per_weight: float | None = None
     """All storage of the quantized linear layers over their number of weights; None where there are none."""

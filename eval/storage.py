@@ -22,7 +22,7 @@ def measure_storage(model: nn.Module, folder: str | Path | None = None) -> Stora
     owners = _owners(model)
     backbone = _backbone_tensors(model)
     totals = dict.fromkeys(("codes", "scales", "dense_linear", "embeddings", "adapter", "other"), 0)
-    parameters = adapter_parameters = trainable = layers = 0
+    parameters = adapter_parameters = layers = 0
     quantized_bytes = quantized_weights = 0
     seen: set[Any] = set()
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -42,7 +42,6 @@ def measure_storage(model: nn.Module, folder: str | Path | None = None) -> Stora
             continue
         totals[kind] += _bytes(tensor)
         if isinstance(tensor, nn.Parameter):
-            trainable += tensor.numel() if tensor.requires_grad else 0
             if kind == "adapter":
                 adapter_parameters += tensor.numel()
             else:
@@ -51,7 +50,6 @@ def measure_storage(model: nn.Module, folder: str | Path | None = None) -> Stora
         **totals,
         parameters=parameters,
         adapter_parameters=adapter_parameters,
-        trainable_parameters=trainable,
         quantized_layers=layers,
         bits_per_weight=8 * quantized_bytes / quantized_weights if quantized_weights else None,
         disk_bytes=folder_bytes(folder) if folder is not None else None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pipelines import run
+from eval import compare
+from pipelines import run, sweep
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,9 +22,19 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_arguments(runner)
+    runner.set_defaults(execute=run.execute)
     commands.add_parser("schema", help="print the JSON schema of the YAML (the same as python -m pipelines.schema)")
     report = commands.add_parser("report", help="write the report of a finished run again (python -m pipelines.report)")
     report.add_argument("folder", help="the run folder")
+    for name, module, text in (
+        ("sweep", sweep, "run a grid of variants of a recipe (python -m pipelines.sweep)"),
+        ("compare", compare, "compare finished runs (python -m eval.compare)"),
+    ):
+        command = commands.add_parser(
+            name, help=text, description=module.DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(execute=module.execute)
     arguments = parser.parse_args(argv)
     if arguments.command == "schema":
         from pipelines.schema import main as schema
@@ -33,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         from pipelines.report.__main__ import main as rerender
 
         return rerender([arguments.folder])
-    return run.execute(arguments)
+    return int(arguments.execute(arguments))
 
 
 if __name__ == "__main__":

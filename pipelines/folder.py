@@ -9,6 +9,9 @@ report.json, .md, .html   the report
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +60,27 @@ def open_folder(folder: Path, recipe: dict[str, Any], *, resume: bool, overwrite
             lock.release()
             raise
     else:
-        (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (folder / RECIPE).write_text(_yaml(recipe), encoding="utf-8")
     return lock
+
+
+@contextmanager
+def start_folder(folder: Path, recipe: dict[str, Any]) -> Iterator[Path]:
+    """A new run folder with this recipe, filled by the caller and put in place in one move; yields where to write."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (scratch / RECIPE).write_text(_yaml(recipe), encoding="utf-8")
+        yield scratch
+        scratch.chmod(0o755)
+        scratch.rename(folder)
+    except BaseException:
+        shutil.rmtree(scratch)
+        raise
+
+
+def _yaml(recipe: dict[str, Any]) -> str:
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
 
 def _same_recipe(folder: Path, recipe: dict[str, Any]) -> None:

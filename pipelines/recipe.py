@@ -175,22 +175,37 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
             problems.append(Problem(f"--set {override}", "is not of the form key.key=value", "e.g. --set seed=1"))
             continue
         try:
-            here: Any = raw
-            for key in keys[:-1]:
-                if isinstance(here, list):
-                    here = here[int(key)]
-                elif here.get(key) is None:
-                    here[key] = {}
-                    here = here[key]
-                else:
-                    here = here[key]
-            last: Any = int(keys[-1]) if isinstance(here, list) else keys[-1]
-            here[last] = yaml.safe_load(text)
+            _put(raw, keys, yaml.safe_load(text))
         except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
             problems.append(Problem(f"--set {override}", f"cannot be applied: {error}", "check the path and the value"))
     if problems:
         raise ConfigError(problems)
     return raw
+
+
+def set_key(raw: dict[str, Any], path: str, value: Any) -> None:
+    """Set one key of a raw recipe in place: "a.b", list items by number ("steps.0.method").
+
+    Raises:
+        ConfigError: the path points into nothing.
+    """
+    try:
+        _put(raw, path.replace("[", ".").replace("]", "").split("."), copy.deepcopy(value))
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(Problem(path, f"cannot be set: {error}", "check the path")) from error
+
+
+def _put(here: Any, keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if isinstance(here, list):
+            here = here[int(key)]
+        elif here.get(key) is None:
+            here[key] = {}
+            here = here[key]
+        else:
+            here = here[key]
+    last: Any = int(keys[-1]) if isinstance(here, list) else keys[-1]
+    here[last] = value
 
 
 def parse_recipe(raw: dict[str, Any], default_name: str = "run") -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -46,8 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run with parsed arguments; user errors become a message and exit code 2."""
-    # Its hint at an optional download comes on every import and is of no use here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from compress_peft.errors import UserError  # imports torch: after the arguments are known to be right
 
     try:

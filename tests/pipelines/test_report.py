@@ -221,7 +221,7 @@ def test_stages_without_some_measurements(tmp_path: Path) -> None:
 def test_unreadable_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match="does not exist"):
         render(tmp_path)
-    (tmp_path / "report.json").write_text('{"schema_version": 2}')
+    (tmp_path / "report.json").write_text('{"schema_version": 1}')
     with pytest.raises(CorruptFile, match="schema_version"):
         render(tmp_path)
     assert main([str(tmp_path)]) == 2

@@ -6,8 +6,8 @@ import pytest
 from scipy.stats import binomtest
 
 from compress_peft.errors import DataError
-from eval.compare import compare_accuracy, compare_perplexity
 from eval.records import Accuracy, Perplexity
+from eval.significance import compare_accuracy, compare_perplexity
 
 
 def accuracy(hits: list[int]) -> Accuracy:

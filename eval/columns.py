@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compress_peft.errors import DataError
-from eval.records import Accuracy, StageRecord
+from eval.records import Accuracy, HarnessScore, StageRecord
 from eval.significance import compare_accuracy, compare_perplexity
 
 NOT_MEASURED = "n/a"
@@ -40,6 +40,14 @@ class Column:
 class Row:
     name: str
     cells: tuple[Cell, ...]
+
+
+def harness_text(score: HarnessScore) -> tuple[str, str]:
+    """What was scored, and the value with its standard error."""
+    shots = f", {score.num_fewshot} shots" if score.num_fewshot else ""
+    size = f", n = {score.n}" if score.n else ""
+    error = "" if score.stderr is None else f" ± {score.stderr:.4g} (standard error)"
+    return f"lm-eval {score.task}: {score.metric}{shots}{size}", f"{score.value:.4g}{error}"
 
 
 def accuracy_text(score: Accuracy) -> str:

@@ -15,6 +15,7 @@ from eval.columns import (
     Row,
     accuracy_change,
     accuracy_text,
+    harness_text,
     known_columns,
     perplexity_change,
     table_rows,
@@ -151,7 +152,8 @@ def compare_runs(
             (entry.name, score.metric, accuracy_text(score))
             for entry in entries
             for score in entry.stage.accuracies[1:]
-        ),
+        )
+        + tuple((entry.name, *harness_text(score)) for entry in entries for score in entry.stage.harness),
         differing=differing,
         settings=tuple(
             (label, tuple(_setting(values.get(key)) for key in differing))

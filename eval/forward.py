@@ -28,11 +28,18 @@ def position_kwargs(model: nn.Module, attention_mask: Tensor, last: int) -> dict
     return {"position_ids": positions[:, attention_mask.shape[1] - last :]}
 
 
-@torch.no_grad()
 def token_logprobs(
     model: nn.Module, input_ids: Tensor, targets: Tensor, valid: Tensor | None = None, **inputs: Any
 ) -> Tensor:
-    """log p(targets | everything before), fp32, 0 where not valid.
+    """log p(targets | everything before), fp32, 0 where not valid; arguments as of `token_scores`."""
+    return token_scores(model, input_ids, targets, valid, **inputs)[0]
+
+
+@torch.no_grad()
+def token_scores(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, valid: Tensor | None = None, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """log p(targets | everything before), fp32, 0 where not valid; and whether each target is the most likely token.
 
     input_ids, targets: (batch, length); targets[:, i] is the token after input_ids[:, i].
     valid: (batch, length) bool, the targets wanted; default all.
@@ -55,6 +62,7 @@ def token_logprobs(
         handle.remove()
     hidden = caught[0]  # (batch, length, hidden size)
     logprobs = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
+    greedy = torch.zeros(targets.shape, dtype=torch.bool, device=targets.device)
     head_row = head(hidden[:, -1])
     if head_row.shape == own.shape and torch.allclose(
         head_row.float(), own.float(), rtol=1e-3, atol=1e-3 * float(own.float().abs().max())
@@ -63,16 +71,18 @@ def token_logprobs(
         parts = [
             _pick(head(part), goal) for part, goal in zip(rows.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True)
         ]
-        logprobs[valid] = torch.cat(parts) if parts else logprobs[valid]
-        return logprobs
+        if parts:
+            logprobs[valid], greedy[valid] = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logprobs, greedy
     if cached is not None:
         cached.crop(-input_ids.shape[1])  # negative: so many tokens fewer
     logits = model(input_ids=input_ids, **inputs).logits
-    logprobs[valid] = _pick(logits[valid], targets[valid])
-    return logprobs
+    logprobs[valid], greedy[valid] = _pick(logits[valid], targets[valid])
+    return logprobs, greedy
 
 
-def _pick(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (rows, vocabulary), targets (rows,) -> log-probabilities (rows,), fp32."""
+def _pick(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (rows, vocabulary), targets (rows,) -> log-probabilities (rows,), fp32; whether they are the largest."""
     logits = logits.float()
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    found = logits.gather(-1, targets[:, None])[:, 0]
+    return found - logits.logsumexp(dim=-1), found >= logits.amax(dim=-1)

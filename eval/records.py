@@ -95,6 +95,20 @@ class Perplexity(Record):
     """Checksum of the token ids: two figures compare only where it is equal."""
 
 
+class HarnessScore(Record):
+    """One metric of one task of lm-evaluation-harness."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    """As the harness gives it; None where it has none."""
+    n: int | None = None
+    num_fewshot: int | None = None
+    version: str = ""
+    """Of the task."""
+
+
 class Storage(Record):
     """Where the bytes are; a tensor that is shared (a tied head) counts once."""
 
@@ -112,6 +126,8 @@ class Storage(Record):
     quantized_layers: int = 0
     bits_per_weight: float | None = None
     """All storage of the quantized linear layers over their number of weights; None where there are none."""
+    sparsity: float | None = None
+    """Share of zeros among the weights of the pruned layers; None for a model that was not pruned."""
     disk_bytes: int | None = None
     """All files of the folder; None where the stage was not saved."""
 
@@ -174,6 +190,7 @@ class StageRecord(Record):
     accuracies: tuple[Accuracy, ...] = ()
     """The first one is the run's main metric."""
     perplexity: Perplexity | None = None
+    harness: tuple[HarnessScore, ...] = ()
     storage: Storage | None = None
     memory: Memory | None = None
     latency: Latency | None = None

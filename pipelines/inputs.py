@@ -24,6 +24,13 @@ def missing_inputs(model: Any, data: Any, evaluate: Any, device: str) -> list[Pr
     if perplexity is not None and perplexity.text != "test" and not Path(perplexity.text).expanduser().is_file():
         what = f'the file "{perplexity.text}" does not exist'
         missing.append(Problem("evaluate.perplexity.text", what, 'give a text file, or "test"'))
+    harness = evaluate.lm_eval if evaluate is not None else None
+    if harness is not None:
+        if importlib.util.find_spec("lm_eval") is None:
+            missing.append(Problem("evaluate.lm_eval", "lm-eval is not installed", 'pip install "compress-peft[eval]"'))
+        if harness.include_path is not None and not Path(harness.include_path).expanduser().is_dir():
+            what = f'the folder "{harness.include_path}" does not exist'
+            missing.append(Problem("evaluate.lm_eval.include_path", what, "give a folder with task files"))
     if device.startswith("cuda") and importlib.util.find_spec("bitsandbytes") is None:
         missing.append(Problem("device", "CUDA kernels need bitsandbytes", 'pip install "compress-peft[cuda]"'))
     return [problem for problem in missing if problem is not None]

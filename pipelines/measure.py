@@ -12,7 +12,7 @@ from eval.choices import evaluate_choices
 from eval.generation import exact_match, generate_answers, gsm8k_accuracy
 from eval.perplexity import perplexity
 from eval.profile import ProfileSettings, profile_folder
-from eval.records import Accuracy, Latency, Memory, Perplexity, StageRecord
+from eval.records import Accuracy, HarnessScore, Latency, Memory, Perplexity, StageRecord
 from eval.storage import folder_bytes, measure_storage
 from pipelines.state import RunState
 
@@ -44,6 +44,7 @@ def measure(state: RunState, name: str, quality_only: bool = False) -> StageReco
         name=name,
         accuracies=_task_scores(state, model, tokenizer),
         perplexity=_perplexity(state, model, tokenizer),
+        harness=_harness(state, model, tokenizer),
         storage=storage,
         memory=memory,
         latency=latency,
@@ -90,6 +91,25 @@ def _perplexity(state: RunState, model: Any, tokenizer: Any) -> Perplexity | Non
         block_size=settings.block_size,
         max_blocks=settings.blocks,
         batch_size=settings.batch_size,
+    )
+
+
+def _harness(state: RunState, model: Any, tokenizer: Any) -> tuple[HarnessScore, ...]:
+    settings = state.recipe.evaluate.lm_eval
+    if settings is None:
+        return ()
+    from eval.harness import run_harness  # lm-eval is optional and takes seconds to import
+
+    include = Path(settings.include_path).expanduser() if settings.include_path else None
+    return run_harness(
+        model,
+        tokenizer,
+        settings.tasks,
+        include_path=include,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        seed=state.recipe.seed,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError, create_model
 
 import pipelines.steps  # noqa: F401  registers the steps
 from compress_peft.data.build import DataSettings
@@ -65,6 +65,21 @@ class PerplexityEvaluation(Section):
     """Blocks in one batch."""
 
 
+class HarnessEvaluation(Section):
+    """Tasks of lm-evaluation-harness, scored on the model in memory (pip install "compress-peft[eval]")."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names as `lm-eval ls tasks` lists them, or of one's own task files."""
+    include_path: str | None = None
+    """A folder with task files of one's own."""
+    num_fewshot: NonNegativeInt | None = None
+    """Examples shown in the prompt; null: what the task says."""
+    limit: PositiveInt | None = None
+    """Use only the first so many examples of each task."""
+    batch_size: PositiveInt = 8
+    """Requests in one batch."""
+
+
 class ProfileEvaluation(Section):
     """Memory and latency, measured in a fresh process for each stage."""
 
@@ -85,6 +100,8 @@ class EvaluateSettings(Section):
     """null switches it off."""
     perplexity: PerplexityEvaluation | None = PerplexityEvaluation()
     """null switches it off."""
+    lm_eval: HarnessEvaluation | None = None
+    """Tasks of lm-evaluation-harness; off unless given."""
     profile: ProfileEvaluation | None = ProfileEvaluation()
     """null switches it off."""
 

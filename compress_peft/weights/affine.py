@@ -20,7 +20,7 @@ class AffineWeight(CompressedWeight):
 
     codes: uint8 (out, row_bytes), packed.
     scales: float16 or float32 (out, groups).
-    zeros: (out, groups), uint8 or the dtype of the scales; None on a symmetric grid.
+    zeros: (out, groups), uint8, float16 or float32; None on a symmetric grid.
     """
 
     kind: ClassVar[str] = "affine"
@@ -111,6 +111,13 @@ class AffineWeight(CompressedWeight):
         )
         return cls(parts, dtype_from_name(spec["dtype"]))
 
+    def take_rows(self, rows: Tensor) -> AffineWeight:
+        zeros = None if self.zeros is None else self.zeros[rows]
+        parts = self.parts._replace(
+            codes=self.codes[rows], shape=(len(rows), self.shape[1]), scales=self.scales[rows], zeros=zeros
+        )
+        return AffineWeight(parts, self.dtype)
+
     def scale_rows(self, vector: Tensor) -> AffineWeight:
         """The factors go into the scales, which become float32. Exact up to one rounding of scale * factor."""
         if tuple(vector.shape) != (self.shape[0],):
@@ -122,6 +129,45 @@ class AffineWeight(CompressedWeight):
             codes=self.codes.clone(), scales=self.scales.float() * factors[:, None], zeros=zeros
         )
         return AffineWeight(parts, self.dtype)
+
+    def shift_groups(self, shift: Tensor, zero_dtype: torch.dtype = torch.float32) -> AffineWeight:
+        """The weight with shift[i, g] added to all weights of group g of row i: zero - shift / scale.
+
+        Codes and scales stay; the zeros become floating-point numbers, also on a grid that had none (symmetric).
+        Exact up to one rounding of the zero to zero_dtype: 2 ** -24 of it in float32, 2 ** -11 in float16.
+
+        Raises:
+            ModelError: a group has the scale 0, or a zero is too large for zero_dtype.
+        """
+        if shift.shape != self.scales.shape:
+            what = f"got shifts of shape {tuple(shift.shape)}, expected {tuple(self.scales.shape)}"
+            raise ModelError(Problem("shift_groups", what))
+        old = affine.symmetric_zero(self.bits) if self.zeros is None else self.zeros.double()
+        shift = shift.detach().to(self.scales.device).double()
+        zeros = torch.where(shift == 0, old, old - shift / self.scales.double()).to(zero_dtype)
+        if not torch.isfinite(zeros).all():
+            what = f"a zero does not fit {dtype_name(zero_dtype)}, or a group has the scale 0"
+            raise ModelError(Problem("shift_groups", what, "store the zeros as float32, or merge with another policy"))
+        return AffineWeight(self.parts._replace(codes=self.codes.clone(), zeros=zeros), self.dtype)
+
+    def requantize(self, weight: Tensor, keep: Tensor | None = None) -> AffineWeight:
+        groups = (self.shape[0], self.scales.shape[1], -1)
+        scales = self.scales.float()[..., None]
+        zeros = affine.symmetric_zero(self.bits) if self.zeros is None else self.zeros.float()[..., None]
+        values = weight.detach().float().view(groups) / scales
+        codes = (values + zeros).round_().clamp_(0, 2**self.bits - 1)
+        if keep is not None:
+            hit = (codes == zeros) & keep.view(groups)
+            up = (values >= 0) & (codes < 2**self.bits - 1) | (codes == 0)
+            codes = torch.where(hit, torch.where(up, codes + 1, codes - 1), codes)
+            codes = torch.where(keep.view(groups), codes, zeros)
+        if bool((scales == 0).any()):
+            codes = torch.where(scales == 0, self.unpacked().view(groups).float(), codes)
+        packed = affine.pack(codes.to(torch.uint8).view(tuple(self.shape)), self.bits)
+        return AffineWeight(self.parts._replace(codes=packed), self.dtype)
+
+    def steps(self) -> Tensor:
+        return self.scales.float().repeat_interleave(self.shape[1] // self.scales.shape[1], dim=1)
 
 
 def affine_spec(

@@ -83,6 +83,16 @@ class CompressedWeight(Tensor):
         """
         raise NotImplementedError
 
+    def take_rows(self, rows: Tensor) -> CompressedWeight:
+        """The weight that consists of these rows; rows: int64 (n,). For a compressed embedding.
+
+        Raises:
+            UnsupportedOperation: rows of this grid cannot be decoded one by one.
+        """
+        raise UnsupportedOperation(
+            Problem("embedding", f"a {type(self).__name__} cannot be an embedding", "compress it to an affine grid")
+        )
+
     # What holds for all of them.
 
     spec_text: str
@@ -114,6 +124,14 @@ class CompressedWeight(Tensor):
         """grad (..., out) @ weight -> (..., in). Dequantizes again instead of keeping the dense weight."""
         out = kernels.linear_backward(grad.reshape(-1, grad.shape[-1]), self.parts, _compute(self.compute_dtype))
         return out.view(*grad.shape[:-1], self.shape[1])
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """ids (...) -> their rows (..., in), dense; no gradient."""
+        if torch.compiler.is_compiling():
+            out = compressed_embedding(ids.reshape(-1), list(self.components().values()), self.spec_text)
+        else:
+            out = self.take_rows(ids.reshape(-1)).dequantize()
+        return out.view(*ids.shape, self.shape[1])
 
     @classmethod
     def from_components(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CompressedWeight:
@@ -196,6 +214,8 @@ class CompressedWeight(Tensor):
         kwargs = kwargs or {}
         if func is functional.linear:
             return _linear(*args, **kwargs)
+        if func is functional.embedding:
+            return _embedding(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -238,6 +258,15 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return out if bias is None else out + bias.to(out.dtype)
 
 
+def _embedding(input: Tensor, weight: Tensor, *options: Any, **named: Any) -> Tensor:
+    """`F.embedding` with a compressed table. What the options change (gradients, norms) has no place here."""
+    bound = dict(zip(("padding_idx", "max_norm"), options, strict=False)) | named
+    if bound.get("max_norm") is not None:
+        raise UnsupportedOperation(Problem("embedding", "max_norm would change a compressed table", "leave it out"))
+    assert isinstance(weight, CompressedWeight)
+    return weight.embedding(input)
+
+
 class _Linear(torch.autograd.Function):
     """x @ W^T; the backward pass decodes W again."""
 
@@ -275,6 +304,18 @@ def compressed_linear_backward(grad: Tensor, components: list[Tensor], spec: str
 @compressed_linear_backward.register_fake
 def _(grad: Tensor, components: list[Tensor], spec: str) -> Tensor:
     return grad.new_empty(grad.shape[0], _parse(spec)["shape"][1])
+
+
+@torch.library.custom_op("compress_peft::embedding", mutates_args=())
+def compressed_embedding(ids: Tensor, components: list[Tensor], spec: str) -> Tensor:
+    """ids (n,) -> (n, in)."""
+    return _rebuild(components, spec).embedding(ids)
+
+
+@compressed_embedding.register_fake
+def _(ids: Tensor, components: list[Tensor], spec: str) -> Tensor:
+    parsed = _parse(spec)
+    return components[0].new_empty(len(ids), parsed["shape"][1], dtype=dtype_from_name(parsed["dtype"]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

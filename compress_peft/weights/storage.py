@@ -18,13 +18,19 @@ Spec = dict[str, Any]
 
 
 def split_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Spec]]:
-    """(tensors, specs): every tensor of the state dict, compressed weights in parts; their specs by parameter name."""
+    """(tensors, specs): every tensor of the state dict, compressed weights in parts (tied ones once);
+    their specs by parameter name."""
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
+    seen: set[int] = set()
     for name, value in model.state_dict().items():
         if not isinstance(value, CompressedWeight):
             tensors[name] = value
             continue
+        place = next(iter(value.components().values())).data_ptr()
+        if place and place in seen:
+            continue  # tied to one before: loading ties it again
+        seen.add(place)
         specs[name] = value.spec()
         for component, tensor in value.components().items():
             tensors[stored_name(name, component, value)] = tensor

@@ -15,6 +15,7 @@ from eval.columns import (
     Row,
     accuracy_change,
     accuracy_text,
+    harness_text,
     known_columns,
     megabytes,
     perplexity_change,
@@ -63,7 +64,8 @@ def build_view(report: RunReport) -> View:
             (stage.name, f"{score.metric}{', ' + score.task if score.task else ''}", accuracy_text(score))
             for stage in report.stages
             for score in stage.accuracies[1:]
-        ),
+        )
+        + tuple((stage.name, *harness_text(score)) for stage in report.stages for score in stage.harness),
         protocol=_protocol(report),
         storage=tuple((stage.name, _storage_text(stage)) for stage in report.stages if stage.storage),
         facts=_facts(report),
@@ -147,6 +149,8 @@ def _storage_text(stage: StageRecord) -> str:
     parts = [f"{name} {megabytes(size)} MB" for name, size in sizes if size]
     if stage.storage.adapter_parameters:
         parts.append(f"{stage.storage.adapter_parameters:,} adapter parameters")
+    if stage.storage.sparsity is not None:
+        parts.append(f"{stage.storage.sparsity:.1%} of the weights of the pruned layers are zero")
     return ", ".join(parts)
 
 

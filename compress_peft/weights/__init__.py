@@ -1,5 +1,6 @@
 """Compressed weights: what `nn.Linear.weight` becomes, and the kernels that run it."""
 
+from compress_peft.weights import operators  # noqa: F401  registers them
 from compress_peft.weights.affine import AffineWeight
 from compress_peft.weights.compressed import CompressedWeight, UnsupportedOperation
 from compress_peft.weights.nf4 import NF4Weight

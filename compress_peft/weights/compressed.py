@@ -7,11 +7,9 @@ Gradients flow to the input of the layer, never to the codes.
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +96,9 @@ class CompressedWeight(Tensor):
     spec_text: str
     """`spec()` as JSON: text that an operator of a compiled model can take."""
 
+    _product: kernels.FewRows | Literal[False] | None = None
+    """The product with few rows of activations, made ready at its first use; False where there is no such kernel."""
+
     compute_dtype: str = "auto"
     """Dtype of the products; "auto" is chosen by device and activations."""
 
@@ -109,7 +110,7 @@ class CompressedWeight(Tensor):
         """x (..., in) -> (..., out), with a gradient to x."""
         if torch.compiler.is_compiling():
             parts = list(self.components().values())
-            out = compressed_linear(x.reshape(-1, x.shape[-1]), parts, self.spec_text)
+            out = torch.ops.compress_peft.linear(x.reshape(-1, x.shape[-1]), parts, self.spec_text)
             return out.view(*x.shape[:-1], self.shape[0])
         if torch.is_grad_enabled() and x.requires_grad:
             return _Linear.apply(x, self)
@@ -117,6 +118,11 @@ class CompressedWeight(Tensor):
 
     def forward(self, x: Tensor) -> Tensor:
         """`linear` without a record for gradients."""
+        product = self._product
+        if product is None:
+            product = self._product = kernels.few_rows(self.parts, _compute(self.compute_dtype))
+        if product and product.takes(x):
+            return product(x)
         out = kernels.linear(x.reshape(-1, x.shape[-1]), self.parts, _compute(self.compute_dtype))
         return out.view(*x.shape[:-1], self.shape[0])
 
@@ -128,7 +134,8 @@ class CompressedWeight(Tensor):
     def embedding(self, ids: Tensor) -> Tensor:
         """ids (...) -> their rows (..., in), dense; no gradient."""
         if torch.compiler.is_compiling():
-            out = compressed_embedding(ids.reshape(-1), list(self.components().values()), self.spec_text)
+            parts = list(self.components().values())
+            out = torch.ops.compress_peft.embedding(ids.reshape(-1), parts, self.spec_text)
         else:
             out = self.take_rows(ids.reshape(-1)).dequantize()
         return out.view(*ids.shape, self.shape[1])
@@ -279,68 +286,6 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.weight.backward_input(grad), None
-
-
-# Under torch.compile the product is one opaque operator; in eager mode its dispatch would cost more than it gives.
-
-
-@torch.library.custom_op("compress_peft::linear", mutates_args=())
-def compressed_linear(x: Tensor, components: list[Tensor], spec: str) -> Tensor:
-    """x (rows, in) -> (rows, out); spec: JSON."""
-    return _rebuild(components, spec).forward(x)
-
-
-@compressed_linear.register_fake
-def _(x: Tensor, components: list[Tensor], spec: str) -> Tensor:
-    return x.new_empty(x.shape[0], _parse(spec)["shape"][0])
-
-
-@torch.library.custom_op("compress_peft::linear_backward", mutates_args=())
-def compressed_linear_backward(grad: Tensor, components: list[Tensor], spec: str) -> Tensor:
-    """grad (rows, out) -> (rows, in)."""
-    return _rebuild(components, spec).backward_input(grad)
-
-
-@compressed_linear_backward.register_fake
-def _(grad: Tensor, components: list[Tensor], spec: str) -> Tensor:
-    return grad.new_empty(grad.shape[0], _parse(spec)["shape"][1])
-
-
-@torch.library.custom_op("compress_peft::embedding", mutates_args=())
-def compressed_embedding(ids: Tensor, components: list[Tensor], spec: str) -> Tensor:
-    """ids (n,) -> (n, in)."""
-    return _rebuild(components, spec).embedding(ids)
-
-
-@compressed_embedding.register_fake
-def _(ids: Tensor, components: list[Tensor], spec: str) -> Tensor:
-    parsed = _parse(spec)
-    return components[0].new_empty(len(ids), parsed["shape"][1], dtype=dtype_from_name(parsed["dtype"]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, components, ctx.spec = inputs
-    ctx.save_for_backward(*components)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None]:
-    components = list(ctx.saved_tensors)
-    out = compressed_linear_backward(grad.contiguous(), components, ctx.spec)
-    return out, [None] * len(components), None
-
-
-compressed_linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse(spec: str) -> dict[str, Any]:
-    return json.loads(spec)
-
-
-def _rebuild(components: list[Tensor], text: str) -> CompressedWeight:
-    spec = _parse(text)
-    grid = CompressedWeight._kinds[spec["kind"]]
-    return grid.build(spec, dict(zip(grid.component_shapes(spec), components, strict=True)))
 
 
 def _to_copy(weight: CompressedWeight, **kwargs: Any) -> CompressedWeight:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +35,31 @@ def dequantize(parts: Parts, dtype: torch.dtype) -> Tensor:
     if kind == "cpu" and native.available():
         return native.dequantize(parts, dtype)
     return parts.dequantize(dtype)
+
+
+class FewRows:
+    """x (..., in) float32 on the CPU, of few rows in all, times one weight: the case of decoding, called once a layer
+    and token, so that everything about the weight is worked out beforehand."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts  # what the kernel's pointers point at
+        self.out_features, self.columns = parts.shape
+        self.most = FEW_ROWS * self.columns
+        self.run = native.prepare(parts)
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dtype is torch.float32 and x.numel() <= self.most and x.is_cpu and x.is_contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x.new_empty((*x.shape[:-1], self.out_features))
+        self.run(x, out, x.numel() // self.columns)
+        return out
+
+
+def few_rows(parts: Parts, compute_dtype: torch.dtype | None) -> FewRows | Literal[False]:
+    """Nothing where the C kernel does not run this weight, or another dtype of the product is asked for."""
+    ready = parts.codes.is_cpu and parts.by_rows and native.available() and compute_dtype in (None, torch.float32)
+    return FewRows(parts) if ready else False
 
 
 def linear(x: Tensor, parts: Parts, compute_dtype: torch.dtype | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -122,18 +123,31 @@ def dequantize_into(out: Tensor, parts: Parts, first_row: int = 0, isa: str | No
     library.nf4_dequantize(*_nf4(parts), begin, out.numel(), *run)
 
 
+def prepare(parts: Parts, isa: str | None = None) -> Callable[[Tensor, Tensor, int], None]:
+    """A function of (x, out, rows): x (rows, in) @ (out, in)^T into out (rows, out), both float32 and contiguous.
+
+    It points into the components of `parts`, which the caller keeps alive, and for which `parts.by_rows` holds.
+    """
+    library = _library()
+    assert library is not None
+    out_features, columns = parts.shape
+    level = _ISA[isa or available() or "portable"]
+    if isinstance(parts, AffineParts):
+        product = functools.partial(library.affine_matmul, *_affine(parts))
+    else:
+        product = functools.partial(library.nf4_matmul, *_nf4(parts))
+
+    def run(x: Tensor, out: Tensor, rows: int) -> None:
+        threads = torch.get_num_threads()
+        if product(x.data_ptr(), out.data_ptr(), rows, out_features, columns, level, threads):
+            raise MemoryError(f"no memory for a copy of {rows} x {columns} activations")
+
+    return run
+
+
 def matmul(x: Tensor, parts: Parts, isa: str | None = None) -> Tensor:
     """(rows, in) float32 contiguous @ (out, in)^T -> (rows, out) float32; `parts.by_rows` holds."""
-    library = _library()
-    assert library is not None and x.dtype == torch.float32 and x.is_contiguous()
-    rows, columns = x.shape
-    out = torch.empty(rows, parts.shape[0], dtype=torch.float32)
-    level = _ISA[isa or available() or "portable"]
-    run = (x.data_ptr(), out.data_ptr(), rows, parts.shape[0], columns, level, torch.get_num_threads())
-    if isinstance(parts, AffineParts):
-        failed = library.affine_matmul(*_affine(parts), *run)
-    else:
-        failed = library.nf4_matmul(*_nf4(parts), *run)
-    if failed:
-        raise MemoryError(f"no memory for a copy of {rows} x {columns} activations")
+    assert x.dtype == torch.float32 and x.is_contiguous()
+    out = torch.empty(len(x), parts.shape[0], dtype=torch.float32)
+    prepare(parts, isa)(x, out, len(x))
     return out

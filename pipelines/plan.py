@@ -43,7 +43,9 @@ class ModelShape:
         self.sequence_length = sequence_length
         self.bytes_each = torch.empty((), dtype=dtype).element_size()
         self.adapter_parameters = 0
+        self.recipe: Any = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+        self.quantizer: Quantizer | None = None
         self._compressed: dict[str, float] = {}
 
     def selected(self, quantizer: Quantizer) -> dict[str, tuple[int, int]]:
@@ -56,8 +58,13 @@ class ModelShape:
         return {name: (layer.out_features, layer.in_features) for name, layer in chosen}
 
     def quantize(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
         for name, (rows, columns) in self.selected(quantizer).items():
             self._compressed[name] = rows * columns * quantizer.estimate_bits((rows, columns)) / 8
+
+    def compress(self, layers: dict[str, float]) -> None:
+        """layers: name -> bytes that it takes from now on."""
+        self._compressed |= layers
 
     def weight_bytes(self) -> float:
         layers = dict(linear_layers(self.model, inside_blocks=False))
@@ -147,6 +154,7 @@ def make_plan(recipe: Any, folder: Path) -> Plan:
     if model is not None:
         length = recipe.data.max_length if recipe.data is not None else 512
         shape = ModelShape(model, dtype, length)
+        shape.recipe = recipe
         hosts = f"{shape.parameters:,} parameters, {_size(shape.weight_bytes())} in {str(dtype).removeprefix('torch.')}"
         lines.append(f"             {type(model).__name__}, {hosts}, on {device}")
     lines += _data_lines(recipe)

@@ -1,4 +1,4 @@
-/* NF4 block dequantization and few-row products for the CPU. Plain C: pointers in, no headers of torch or Python.
+/* NF4 and FP4 block dequantization and few-row products for the CPU. Plain C: pointers in, no headers of torch or Python.
 
    Layout (compress_peft/tensors/nf4.py): weights in row-major order, byte i = code[2i] << 4 | code[2i + 1], one scale
    per `block` consecutive weights. The scales are either float32 (`absmax`) or, if `absmax` is NULL, double quantized:
@@ -8,13 +8,19 @@
 
 #define UNIT 32      /* weights that one step decodes; `block` is a multiple of it */
 
-static const float GRID[16] = {
+static const float NF4[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
+/* 1 bit of sign, 2 of exponent, 1 of mantissa, over 12. */
+static const float FP4[16] = {
+    0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 0.5f, 2.0f / 12, 0.25f,
+    0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -0.5f, -2.0f / 12, -0.25f};
+
 typedef struct {
+    const float *grid;
     const uint8_t *codes;
     const float *absmax;
     const uint8_t *absmax_codes;
@@ -32,7 +38,7 @@ INLINE float scale_of(const Weight *w, int64_t b) {
 
 INLINE float weight_at(const Weight *w, int64_t i, float scale) {
     const uint8_t byte = w->codes[i >> 1];
-    return GRID[(i & 1) ? (byte & 15) : (byte >> 4)] * scale;
+    return w->grid[(i & 1) ? (byte & 15) : (byte >> 4)] * scale;
 }
 
 /* Weights [begin, end) of one block; either output pointer may be NULL. */
@@ -69,11 +75,11 @@ typedef struct {
     __m256i plane[4];
 } Planes;
 
-INLINE AVX2 Planes load_planes(void) {
+INLINE AVX2 Planes load_planes(const float *grid) {
     uint8_t bytes[4][16];
     for (int i = 0; i < 16; i++) {
         uint8_t value[4];
-        memcpy(value, &GRID[i], 4);
+        memcpy(value, &grid[i], 4);
         for (int p = 0; p < 4; p++) bytes[p][i] = value[p];
     }
     Planes planes;
@@ -97,7 +103,7 @@ INLINE AVX2 void decode_avx2(const Planes *t, const uint8_t *codes, __m256 out[4
 }
 
 AVX2 static void dequant_avx2(const Weight *w, int64_t begin, int64_t end, float scale, float *f32, uint16_t *bf16) {
-    const Planes planes = load_planes();
+    const Planes planes = load_planes(w->grid);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m256 factor = _mm256_set1_ps(scale);
     int64_t i = begin;
@@ -114,7 +120,7 @@ AVX2 static void dequant_avx2(const Weight *w, int64_t begin, int64_t end, float
 
 INLINE AVX2 void dot_avx2_rows(const Weight *w, int64_t row, int64_t k, const float *x, const int rows, float *out,
                                int64_t stride) {
-    const Planes planes = load_planes();
+    const Planes planes = load_planes(w->grid);
     __m256 total[4];
     for (int r = 0; r < rows; r++) total[r] = _mm256_setzero_ps();
     const uint8_t *codes = w->codes + row * k / 2;
@@ -156,7 +162,7 @@ INLINE AVX512 void decode_avx512(__m512 grid, const uint8_t *codes, __m512 *even
 
 AVX512 static void dequant_avx512(const Weight *w, int64_t begin, int64_t end, float scale, float *f32,
                                   uint16_t *bf16) {
-    const __m512 grid = _mm512_loadu_ps(GRID);
+    const __m512 grid = _mm512_loadu_ps(w->grid);
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     const __m512 scaled = _mm512_mul_ps(grid, _mm512_set1_ps(scale));
@@ -173,7 +179,7 @@ AVX512 static void dequant_avx512(const Weight *w, int64_t begin, int64_t end, f
 
 INLINE AVX512 void dot_avx512_rows(const Weight *w, int64_t row, int64_t k, const float *x, const int rows,
                                    float *out, int64_t stride) {
-    const __m512 grid = _mm512_loadu_ps(GRID);
+    const __m512 grid = _mm512_loadu_ps(w->grid);
     __m512 total[MAX_ROWS];
     for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
     const uint8_t *codes = w->codes + row * k / 2;
@@ -198,7 +204,7 @@ INLINE AVX512 void dot_avx512_rows(const Weight *w, int64_t row, int64_t k, cons
 /* `width` rows of the weight share what is read of x; each block's scale goes into its table. */
 INLINE AVX512 void dot_avx512_tile(const Weight *w, int64_t row, const int width, int64_t k, const float *x,
                                    const int rows, float *out, int64_t stride) {
-    const __m512 grid = _mm512_loadu_ps(GRID);
+    const __m512 grid = _mm512_loadu_ps(w->grid);
     __m512 total[WIDTH][4], table[WIDTH];
     for (int j = 0; j < width; j++)
         for (int r = 0; r < rows; r++) total[j][r] = _mm512_setzero_ps();
@@ -246,10 +252,10 @@ typedef void (*Dequant)(const Weight *, int64_t, int64_t, float, float *, uint16
 typedef void (*Dot)(const Weight *, int64_t, int, int64_t, const float *, int, float *, int64_t);
 
 /* Weights [begin, begin + count), begin a multiple of block, to float32 (out_f32) or bfloat16 (out_bf16, the other NULL). */
-EXPORT void nf4_dequantize(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
-                           const float *absmax_scales, const float *map, const float *offset, int64_t block,
-                           int64_t begin, int64_t count, float *out_f32, uint16_t *out_bf16, int isa, int threads) {
-    Weight w = {codes + begin / 2, absmax, absmax_codes, absmax_scales, map, offset ? *offset : 0.0f, block};
+static void dequantize(Weight w, int64_t begin, int64_t count, float *out_f32, uint16_t *out_bf16, int isa,
+                       int threads) {
+    const int64_t block = w.block;
+    w.codes += begin / 2;
     Dequant dequant = dequant_portable;
 #ifdef HAVE_X86
     if (isa == 2) dequant = dequant_avx2;
@@ -269,10 +275,7 @@ EXPORT void nf4_dequantize(const uint8_t *codes, const float *absmax, const uint
 
 /* out (m, n) = x (m, k) @ weight (n, k)^T, all float32; k is a multiple of block, block of 32.
    Returns 0, or 1 if there is no memory for a copy of x. */
-EXPORT int nf4_matmul(const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes,
-                      const float *absmax_scales, const float *map, const float *offset, int64_t block, const float *x,
-                      float *out, int64_t m, int64_t n, int64_t k, int isa, int threads) {
-    const Weight w = {codes, absmax, absmax_codes, absmax_scales, map, offset ? *offset : 0.0f, block};
+static int matmul(Weight w, const float *x, float *out, int64_t m, int64_t n, int64_t k, int isa, int threads) {
     Dot dot = dot_portable;
     int64_t group = 0; /* within every `group` values of x the even ones are moved to the front */
 #ifdef HAVE_X86
@@ -297,3 +300,22 @@ EXPORT int nf4_matmul(const uint8_t *codes, const float *absmax, const uint8_t *
     free(moved);
     return 0;
 }
+
+#define TENSORS                                                                                                \
+    const uint8_t *codes, const float *absmax, const uint8_t *absmax_codes, const float *absmax_scales,        \
+        const float *map, const float *offset, int64_t block
+#define WEIGHT(grid) \
+    (Weight) { grid, codes, absmax, absmax_codes, absmax_scales, map, offset ? *offset : 0.0f, block }
+
+#define EXPORT_GRID(name, grid)                                                                                \
+    EXPORT void name##_dequantize(TENSORS, int64_t begin, int64_t count, float *out_f32, uint16_t *out_bf16,   \
+                                  int isa, int threads) {                                                      \
+        dequantize(WEIGHT(grid), begin, count, out_f32, out_bf16, isa, threads);                               \
+    }                                                                                                          \
+    EXPORT int name##_matmul(TENSORS, const float *x, float *out, int64_t m, int64_t n, int64_t k, int isa,    \
+                             int threads) {                                                                    \
+        return matmul(WEIGHT(grid), x, out, m, n, k, isa, threads);                                            \
+    }
+
+EXPORT_GRID(nf4, NF4)
+EXPORT_GRID(fp4, FP4)

@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from compress_peft.errors import DataError, Problem
 
+SHORTEST = 32
+"""Characters of a passage whose presence in two texts is no accident."""
+
 
 class CalibrationSettings(BaseModel):
     """The text on which a method looks at the activations."""
@@ -59,6 +62,25 @@ def text_blocks(
         what = f"the text has {len(ids)} tokens, one block needs {block_size}"
         raise DataError(Problem(where, what, f"give more text or smaller blocks ({where})"))
     return torch.tensor(ids[: count * block_size]).view(count, block_size)
+
+
+def shared_passages(tokenizer: PreTrainedTokenizerBase, blocks: Tensor, evaluated: Iterable[str]) -> list[str]:
+    """The passages (lines of at least SHORTEST characters) of either text that also stand in the other one.
+
+    blocks: (samples, length) token ids of the calibration. Case and white space do not count.
+    """
+    end = tokenizer.eos_token or "\n"
+    ours = _lines(str(tokenizer.decode(block)).replace(end, "\n") for block in blocks)
+    theirs = _lines(evaluated)
+    found: dict[str, None] = {}
+    for passages, other in ((ours, theirs), (theirs, ours)):
+        text = "\n".join(other)
+        found |= dict.fromkeys(line for line in passages if len(line) >= SHORTEST and line in text)
+    return list(found)
+
+
+def _lines(texts: Iterable[str]) -> list[str]:
+    return [" ".join(line.lower().split()) for text in texts for line in text.splitlines()]
 
 
 def calibration_blocks(

@@ -68,6 +68,8 @@ class DataSettings(BaseModel):
     """Template with the record's fields in braces, e.g. "{text}\\nTopic:"."""
     response: str
     """Template of the answer, with its leading space where the tokenizer wants one, e.g. " {label}"."""
+    rationale: str | None = None
+    """Template of the reasons for the answer, for a distill step with rationales."""
     choices: str | list[str] | None = None
     """For classification: the field whose values in the training split are the classes, or a list of its values."""
     text: str | None = None
@@ -81,9 +83,11 @@ class DataSettings(BaseModel):
     seed: int = 0
     """Decides which records land in which split."""
 
-    @field_validator("prompt", "response")
+    @field_validator("prompt", "response", "rationale")
     @classmethod
-    def _is_template(cls, template: str) -> str:
+    def _is_template(cls, template: str | None) -> str | None:
+        if template is None:
+            return None
         try:
             fields = _fields_of(template)
         except ValueError as error:
@@ -248,6 +252,7 @@ def _fields_of(template: str) -> list[str]:
 
 def _field_problems(settings: DataSettings, sources: dict[str, list[Record]]) -> list[Problem]:
     uses = {"prompt": _fields_of(settings.prompt), "response": _fields_of(settings.response)}
+    uses["rationale"] = _fields_of(settings.rationale or "")
     uses["truncate"] = list(settings.truncate)
     uses["text"] = [settings.text] if settings.text else []
     uses["choices"] = [settings.choices] if isinstance(settings.choices, str) else []
@@ -300,6 +305,7 @@ def _example(
         response=_render(settings.response, record),
         choices=classes,
         text=str(record.get(text, "")),
+        rationale=_render(settings.rationale, record) if settings.rationale is not None else "",
     )
 
 

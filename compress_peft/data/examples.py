@@ -15,12 +15,14 @@ class Example:
     response: the text to learn or to score; starts with a space where the tokenizer wants one.
     choices: the candidate responses of a classification example (the right one among them), else empty.
     text: the whole source document, for perplexity and calibration.
+    rationale: why the response is right, for distilling step by step.
     """
 
     prompt: str
     response: str
     choices: tuple[str, ...] = ()
     text: str = ""
+    rationale: str = ""
 
 
 def checksum(examples: Iterable[Example]) -> str:

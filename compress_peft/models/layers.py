@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from compress_peft.errors import ModelError, Problem
 
@@ -23,7 +24,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if best is not None and (name.startswith(best[0] + ".") or len(module) <= len(best[1])):
             continue
         same_class = len({type(block) for block in module}) == 1
-        if same_class and any(isinstance(child, nn.Linear) for child in module[0].modules()):
+        if same_class and any(isinstance(child, nn.Linear | Conv1D) for child in module[0].modules()):
             best = (name, module)
     if best is None:
         raise ModelError(

@@ -1,8 +1,8 @@
 """The walk over the decoder blocks: the one place with hooks and calibration activations.
 
-    walk = BlockWalk(model, calibration, layers)
-    for statistics in walk:                 # one turn a block, in order
-        ...                                 # replace the weights of the block's layers
+    walk = BlockWalk(model, calibration, layers, needs=("norms",))
+    for turn in walk:                       # one BlockTurn a block, in order
+        consumer.process(turn)              # replace the weights of the block's layers
     # the next block gets the outputs of this one as it is now
 
 Only the activations between two blocks are kept, for all calibration tokens, and the statistics of one block.
@@ -11,10 +11,11 @@ Only the activations between two blocks are kept, for all calibration tokens, an
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,194 +23,250 @@ from tqdm import tqdm
 
 from compress_peft.errors import DataError, ModelError, Problem
 from compress_peft.models.layers import decoder_layers
-from compress_peft.tensors.sweep import add_gram, mirror
+from compress_peft.models.statistics import NEEDS, Collector, Stop
+from compress_peft.models.statistics import InputStatistics as InputStatistics
 
 CHUNK_TOKENS = 2048
 """Tokens in one pass through a block: enough to keep the matrix products busy."""
 
 
 @dataclass
-class InputStatistics:
-    """What calibration showed of the inputs of a layer; one object for all layers that share their input."""
+class BlockTurn:
+    """One block of the walk, while its consumer may change it."""
 
-    hessian: Tensor
-    """X^T X over all tokens, float32 (in, in)."""
-    tokens: int = 0
-    """Rows of X: the tokens that reached the layer."""
-    notes: list[str] = field(default_factory=list)
-    """What the user should know of them, in words."""
-    memo: dict[Any, Any] = field(default_factory=dict)
-    """For what a method derives from the Hessian and wants again at the next layer that shares it."""
+    name: str
+    """The full name of the block."""
+    block: nn.Module
+    layers: dict[str, nn.Linear]
+    """The wanted layers of the block, by full name."""
+    statistics: dict[str, InputStatistics]
+    """By full name of the layer, in the order in which the block calls them. Empty if there is no calibration, or only
+    "inputs" were asked for. A consumer may drop entries to free them."""
+    inputs: Sequence[Tensor]
+    """Hidden states into the block, by chunk (rows, length, hidden). Not to be changed."""
+    run: Callable[[Tensor], Tensor]
+    """The block's output for one such chunk, with its masks and position embeddings, as the block is at the time of the
+    call. Gradients flow if they are on."""
 
 
-class _Stop(Exception):
-    """Ends a forward pass whose rest is of no use."""
+class Consumer(Protocol):
+    """What is done with each block; it does not know where the blocks come from."""
+
+    def process(self, turn: BlockTurn) -> None:
+        """Change what is to be changed in `turn.block`; the walk goes on with its new outputs."""
+
+
+class BlockStore(Protocol):
+    """Where blocks come from if the model is not in memory."""
+
+    def load(self, name: str, original: bool) -> None:
+        """Give the block its weights: those of the unchanged model, or else the block as the consumer left it.
+        The name "" stands for what the model computes before its first block."""
+
+    def free(self, name: str) -> None:
+        """Take these weights out of memory."""
+
+    def finished(self, name: str) -> bool:
+        """Whether an earlier walk changed this block already."""
+
+    def activations(self) -> MutableSequence[Tensor]:
+        """An empty list for activations, which holds them wherever they fit."""
+
+
+class InMemory:
+    """The whole model is there."""
+
+    def load(self, name: str, original: bool) -> None:
+        pass
+
+    def free(self, name: str) -> None:
+        pass
+
+    def finished(self, name: str) -> bool:
+        return False
+
+    def activations(self) -> MutableSequence[Tensor]:
+        return []
+
+
+Arguments = tuple[tuple, dict]
 
 
 class BlockWalk:
-    """One pass over the blocks of a model in memory.
+    """One pass over the blocks of a model.
 
     layers: the linear layers, by full name, whose inputs are wanted. calibration: (samples, length) int64 token ids,
-    all of them real tokens. `seconds` has the time spent by kind ("forward", "statistics"), of the walk alone.
+    all of them real tokens; None for consumers that only look at weights. needs: of NEEDS; X^T X is worked out only for
+    "hessian". store: where blocks come from. `seconds` has the time spent by kind ("forward", "statistics"), of the
+    walk alone.
 
     Raises:
         ModelError: blocks whose arguments depend on the text, or calibration that gives NaN.
         DataError: token ids that do not fit the model.
     """
 
-    def __init__(self, model: nn.Module, calibration: Tensor, layers: dict[str, nn.Linear], progress: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Tensor | None,
+        layers: dict[str, nn.Linear],
+        progress: bool = True,
+        needs: Sequence[str] = ("hessian",),
+        store: BlockStore | None = None,
+    ):
+        assert set(needs) <= set(NEEDS), f"{needs}: the walk knows {NEEDS}"
         self.model = model
         self.blocks = decoder_layers(model)
         self.layers = layers
         self.progress = progress
+        self.needs = frozenset(needs)
+        self.store = store or InMemory()
         self.seconds = {"forward": 0.0, "statistics": 0.0}
-        self.chunks = _chunks(model, calibration)
+        self.chunks = () if calibration is None else _chunks(model, calibration)
 
-    def __iter__(self) -> Iterator[dict[str, InputStatistics]]:
+    def __iter__(self) -> Iterator[BlockTurn]:
         was_training = self.model.training
         self.model.eval()
         try:
-            hidden, arguments = self._first_inputs()
+            unfinished = [index for index, (name, _) in enumerate(self.blocks) if not self.store.finished(name)]
+            if not unfinished:
+                return
+            states, arguments = self._first_inputs()
+            originals = self.store.activations()
+            if "drift" in self.needs:
+                originals.extend(states)
             bar = tqdm(self.blocks, desc="block walk", unit="block", disable=not self.progress)
             for index, (name, block) in enumerate(bar):
+                run = partial(_run, block, arguments[index])
+                advance = index < unfinished[-1]
+                if index not in unfinished:
+                    if advance:
+                        self._pass_by(name, run, states, originals)
+                    continue
                 wanted = {key: layer for key, layer in self.layers.items() if key.startswith(name + ".")}
-                yield self._collect(block, wanted, hidden, arguments[index]) if wanted else {}
-                if index + 1 < len(self.blocks):
-                    self._advance(block, hidden, arguments[index])
+                self.store.load(name, original=True)
+                found = self._collect(wanted, run, states, originals)
+                if advance:
+                    self._advance(run, originals)
+                yield BlockTurn(name, block, wanted, found, states, run)
+                if advance:
+                    self._advance(run, states)
+                self.store.free(name)
         finally:
             self.model.train(was_training)
 
+    def run(self, consumer: Consumer) -> None:
+        """The whole walk, with this consumer at every block."""
+        for turn in self:
+            consumer.process(turn)
+
     @torch.no_grad()
-    def _first_inputs(self) -> tuple[list[Tensor], list[tuple[tuple, dict]]]:
+    def _first_inputs(self) -> tuple[MutableSequence[Tensor], list[Arguments]]:
         """The hidden states before the first block, by chunk, and what else each block is called with."""
-        arguments: list[tuple[tuple, dict]] = []
-        hidden = []
-        device = next(self.model.parameters()).device
+        hidden = self.store.activations()
+        if not self.chunks:
+            return hidden, [((), {})] * len(self.blocks)
+        arguments: list[Arguments] = []
         begin = time.monotonic()
+        first = self.blocks[0][0]
+        self.store.load("", original=True)
+        self.store.load(first, original=True)
+        device = next(self.blocks[0][1].parameters()).device
         with _passing(self.blocks, arguments):
             hidden.append(self._until_stopped(self.chunks[0].to(device)))
+        self.store.free(first)
         for chunk in self.chunks[1:]:
-            mine: list[tuple[tuple, dict]] = []
+            mine: list[Arguments] = []
             with _passing(self.blocks[:1], mine):
                 hidden.append(self._until_stopped(chunk.to(device)))
             if not _same(mine[0], arguments[0]):
                 what = "its blocks are called with arguments that depend on the text, which the block walk cannot give"
                 raise ModelError(Problem(type(self.model).__name__, what, "use a method without calibration"))
+        self.store.free("")
         self.seconds["forward"] += time.monotonic() - begin
         return hidden, arguments
 
     def _until_stopped(self, tokens: Tensor) -> Tensor:
         try:
             self.model(input_ids=tokens, use_cache=False)
-        except _Stop as stop:
+        except Stop as stop:
             hidden: Tensor = stop.args[0]
             return hidden
         raise AssertionError("the model ran without calling its blocks")
 
     @torch.no_grad()
     def _collect(
-        self, block: nn.Module, wanted: dict[str, nn.Linear], hidden: list[Tensor], arguments: tuple[tuple, dict]
+        self,
+        wanted: dict[str, nn.Linear],
+        run: Callable[[Tensor], Tensor],
+        states: Sequence[Tensor],
+        originals: Sequence[Tensor],
     ) -> dict[str, InputStatistics]:
         """The statistics of the wanted layers, in the order in which the block calls them; then those never called."""
+        if not wanted or not self.chunks or self.needs == {"inputs"}:
+            return {}
         begin, before = time.monotonic(), self.seconds["statistics"]
-        collector = _Collector(wanted, self.seconds)
+        collector = Collector(wanted, self.needs, self.seconds)
         try:
-            for states in hidden:
+            for index in range(len(states)):
+                if len(originals):
+                    collector.watch_original()
+                    _ended(run, originals[index])
                 collector.start()
-                try:
-                    block(states, *arguments[0], **arguments[1])
-                except _Stop:
-                    continue
-                collector.finish()
+                if not _ended(run, states[index]):
+                    collector.finish()
         finally:
             collector.remove()
         self.seconds["forward"] += time.monotonic() - begin - (self.seconds["statistics"] - before)
         found = collector.statistics()
-        broken = [name for name, value in found.items() if not bool(torch.isfinite(value.hessian).all())]
+        broken = [name for name, value in found.items() if not bool(torch.isfinite(value.square_sum).all())]
         if broken:
             fix = "check the model's weights; in float16, load it as float32"
             raise ModelError([Problem(name, "NaN or infinite inputs in the calibration pass", fix) for name in broken])
         return found
 
     @torch.no_grad()
-    def _advance(self, block: nn.Module, hidden: list[Tensor], arguments: tuple[tuple, dict]) -> None:
-        """Replace the inputs of this block by its outputs."""
+    def _advance(self, run: Callable[[Tensor], Tensor], states: MutableSequence[Tensor]) -> None:
+        """Replace the inputs of a block by its outputs."""
         begin = time.monotonic()
-        for index, states in enumerate(hidden):
-            output = block(states, *arguments[0], **arguments[1])
-            hidden[index] = output if isinstance(output, Tensor) else output[0]
+        for index in range(len(states)):
+            states[index] = run(states[index])
         self.seconds["forward"] += time.monotonic() - begin
 
+    def _pass_by(
+        self,
+        name: str,
+        run: Callable[[Tensor], Tensor],
+        states: MutableSequence[Tensor],
+        originals: MutableSequence[Tensor],
+    ) -> None:
+        """Advance over a block that an earlier walk finished."""
+        for original, held in ((True, originals), (False, states)):
+            if len(held):
+                self.store.load(name, original)
+                self._advance(run, held)
+                self.store.free(name)
 
-class _Collector:
-    """Hooks on the wanted layers of one block. Layers that get one and the same tensor share one Hessian."""
 
-    def __init__(self, layers: dict[str, nn.Linear], seconds: dict[str, float]):
-        self.layers = layers
-        self.seconds = seconds
-        self.owners: dict[str, str] = {}
-        self.found: dict[str, InputStatistics] = {}
-        self.seen: dict[tuple[int, int], tuple[Tensor, str]] = {}
-        self.calls: list[str] = []
-        self.stop_early = False
-        self.hooks = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
+def _run(block: nn.Module, arguments: Arguments, states: Tensor) -> Tensor:
+    output = block(states, *arguments[0], **arguments[1])
+    return output if isinstance(output, Tensor) else output[0]
 
-    def start(self) -> None:
-        self.calls = []
-        self.seen = {}
 
-    def finish(self) -> None:
-        """After a whole pass: if every layer was called once, later passes may stop at the last of them."""
-        self.stop_early = sorted(self.calls) == sorted(self.layers)
-        self.seen = {}
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def statistics(self) -> dict[str, InputStatistics]:
-        begin = time.monotonic()
-        for value in self.found.values():
-            mirror(value.hessian)
-        self.seconds["statistics"] += time.monotonic() - begin
-        result = {name: self.found[owner] for name, owner in self.owners.items()}
-        for name, layer in self.layers.items():
-            if name not in result:
-                hessian = layer.weight.new_zeros(layer.in_features, layer.in_features, dtype=torch.float32)
-                result[name] = InputStatistics(hessian, notes=["no calibration token reached this layer"])
-        return result
-
-    def _hook(self, name: str) -> Any:
-        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            inputs = given[0]
-            self.calls.append(name)
-            # The tensor is held, so that its id stays its own; the version tells changes in place.
-            owner = self.seen.setdefault((id(inputs), inputs._version), (inputs, name))[1]
-            if self.owners.setdefault(name, owner) != owner:
-                what = f"shares its input with {owner} in one pass and with {self.owners[name]} in another"
-                raise ModelError(Problem(name, what, "add the layer to skip"))
-            if owner == name:
-                self._add(name, inputs)
-            if self.stop_early and len(self.calls) == len(self.layers):
-                raise _Stop
-
-        return hook
-
-    def _add(self, name: str, inputs: Tensor) -> None:
-        begin = time.monotonic()
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        if name not in self.found:
-            self.found[name] = InputStatistics(rows.new_zeros(rows.shape[1], rows.shape[1]))
-        add_gram(self.found[name].hessian, rows)
-        self.found[name].tokens += len(rows)
-        self.seconds["statistics"] += time.monotonic() - begin
+def _ended(run: Callable[[Tensor], Tensor], states: Tensor) -> bool:
+    """Run the block; whether a hook ended the pass."""
+    try:
+        run(states)
+    except Stop:
+        return True
+    return False
 
 
 @contextmanager
 def _passing(blocks: list[tuple[str, nn.Module]], arguments: list[tuple[tuple, dict]]) -> Iterator[None]:
     """Let the blocks record what they are called with besides the hidden states, in order, and hand these through.
 
-    The last one ends the pass with _Stop(hidden states). The first is run, unless it is the last, to see in what form
+    The last one ends the pass with Stop(hidden states). The first is run, unless it is the last, to see in what form
     blocks return their result.
     """
     form: list[Any] = []
@@ -220,7 +277,7 @@ def _passing(blocks: list[tuple[str, nn.Module]], arguments: list[tuple[tuple, d
             hidden = args[0] if args else kwargs.pop("hidden_states")
             arguments.append((args[1:], kwargs))
             if index == len(blocks) - 1:
-                raise _Stop(hidden)
+                raise Stop(hidden)
             if not form:
                 form.append(run(*args, **kwargs) if args else run(hidden, **kwargs))
             return hidden if isinstance(form[0], Tensor) else (hidden, *form[0][1:])

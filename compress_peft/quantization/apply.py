@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress_peft.errors import ConfigError, ModelError, Problem
+from compress_peft.models import selection
 from compress_peft.models.hf_quantizer import attach
-from compress_peft.models.layers import linear_layers
-from compress_peft.models.walk import BlockWalk, InputStatistics
+from compress_peft.models.out_of_core import walk_folder
+from compress_peft.models.sparsity import kept_mask, pruned_layers, pruning_pattern
+from compress_peft.models.walk import BlockTurn, BlockWalk, InputStatistics
 from compress_peft.quantization.base import Quantizer
 from compress_peft.tensors.sweep import weighted_error
 from compress_peft.weights import CompressedWeight
@@ -74,60 +77,158 @@ def quantize_model(
             Or the values of a weight do not fit the grid's dtype, or calibration shows NaN inside the model: layers
             before that are quantized already.
     """
-    if quantizer.needs and calibration is None:
-        fix = "give quantize_model(..., calibration=token ids), or use a method without calibration"
-        raise ConfigError(Problem(quantizer.method, "needs calibration text and got none", fix))
+    _refuse_without(quantizer, calibration)
     chosen, left_alone = select_layers(model, quantizer)
-    _check(chosen, quantizer)
-    work = _Replacement(quantizer, chosen)
-    if quantizer.needs:
-        assert calibration is not None
-        _walk(model, work, calibration, progress)
-    else:
-        for name, _ in tqdm(chosen, desc=f"quantizing ({quantizer.method})", unit="layer", disable=not progress):
-            work.quantize(name)
+    check_layers(chosen, quantizer)
+    work = Replacement(quantizer, chosen, _pruned(model, quantizer), shared_parameters(model))
+    needs = quantizer.needs
+    walk = BlockWalk(model, calibration if needs else None, dict(chosen), progress, needs)
+    walk.run(work)
     attach(model)
-    return QuantizationSummary(
-        method=quantizer.method,
-        settings=quantizer.model_dump(mode="json"),
-        layers=tuple(work.done[name] for name, _ in chosen),
-        left_alone=tuple(left_alone),
-        notes=tuple(work.notes),
-        seconds=work.seconds,
-    )
+    return work.summary(left_alone, walk.seconds if needs else {})
 
 
-class _Replacement:
-    """The layers that are to be quantized, by name, and what was done with them."""
+def quantize_folder(
+    source: str | Path, target: str | Path, quantizer: Quantizer, calibration: Tensor | None = None, **options: Any
+) -> QuantizationSummary:
+    """`quantize_model` from folder to folder with one block in memory at a time; the same call goes on after a kill.
 
-    def __init__(self, quantizer: Quantizer, layers: list[tuple[str, nn.Linear]]):
+    The result is what `quantize_model` and `save_model` give, tensor by tensor bit for bit, with a file for each
+    block. options: of `walk_folder` (dtype, tokenizer, work, activation_bytes, progress, ...).
+
+    Raises:
+        ConfigError, DataError, ModelError: as `quantize_model`, before the first block wherever shapes tell; and those
+            of `walk_folder`.
+    """
+    _refuse_without(quantizer, calibration)
+    left_alone: list[tuple[str, str]] = []
+
+    def make(model: nn.Module) -> Replacement:
+        chosen, others = select_layers(model, quantizer)
+        left_alone.extend(others)
+        check_layers(chosen, quantizer, values=False)
+        return Replacement(quantizer, chosen, _pruned(model, quantizer), shared_parameters(model))
+
+    calibration = calibration if quantizer.needs else None
+    work, walk, notes = walk_folder(source, target, make, calibration=calibration, **options)
+    assert isinstance(work, Replacement)
+    work.notes += [("", note) for note in notes]
+    return work.summary(left_alone, walk.seconds if quantizer.needs else {})
+
+
+def _refuse_without(quantizer: Quantizer, calibration: Tensor | None) -> None:
+    if quantizer.needs and calibration is None:
+        fix = "give calibration=token ids, or use a method without calibration"
+        raise ConfigError(Problem(quantizer.method, "needs calibration text and got none", fix))
+
+
+def _pruned(model: nn.Module, quantizer: Quantizer) -> Container[str]:
+    """The layers whose zeros have to stay."""
+    pruned = pruned_layers(model)
+    if pruned and not quantizer.keeps_zeros:
+        what = f"the model is pruned ({pruning_pattern(model)}), and this method would fill its zeros"
+        raise ConfigError(Problem(quantizer.method, what, "use a quantizer that keeps zeros, such as gptq"))
+    return pruned
+
+
+class Replacement:
+    """The layers that are to be quantized, by name, and what was done with them: a consumer of the block walk."""
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        layers: list[tuple[str, nn.Linear]],
+        pruned: Container[str] = (),
+        shared: Container[str] = (),
+    ):
+        """pruned: names of the layers whose zeros have to stay. shared: of `shared_parameters`."""
         self.quantizer = quantizer
+        self.pruned = pruned
+        self.shared = shared
         self.layers = dict(layers)
-        self.sharing: dict[int, list[str]] = {}
+        self.sharing: dict[str, list[str]] = {}
+        owners: dict[int, str] = {}
         for name, layer in layers:
-            self.sharing.setdefault(id(layer.weight), []).append(name)
+            owner = owners.setdefault(id(layer.weight), name)
+            self.sharing.setdefault(owner, []).append(name)
         self.done: dict[str, QuantizedLayer] = {}
         self.notes: list[tuple[str, str]] = []
         self.seconds: dict[str, float] = {}
 
-    def quantize(self, name: str, stats: InputStatistics | None = None) -> None:
-        """Replace the weight of this layer, and of those that share it, if that is still to be done."""
+    def process(self, turn: BlockTurn) -> None:
+        """Quantize the layers of the block, in the order in which it calls them."""
+        prepared = self.quantizer.prepare_block(turn, self.shared)
+        self.notes += prepared.notes
+        for name in list(turn.statistics) or turn.layers:
+            # The last layer that shares statistics frees them.
+            stats = turn.statistics.pop(name, None)
+            self.quantize(name, stats, prepared.weights.get(name))
+            if stats is not None:
+                self.notes += [(name, note) for note in stats.notes]
+
+    def summary(self, left_alone: list[tuple[str, str]], seconds: dict[str, float]) -> QuantizationSummary:
+        """seconds: of the walk."""
+        return QuantizationSummary(
+            method=self.quantizer.method,
+            settings=self.quantizer.model_dump(mode="json"),
+            layers=tuple(self.done[name] for name in self.layers),
+            left_alone=tuple(left_alone),
+            notes=tuple(self.notes),
+            seconds=self.seconds | seconds,
+        )
+
+    # What a walk out of core asks for.
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.quantizer.needs
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"settings": self.quantizer.model_dump(mode="json")}
+
+    def stored_bits(self, shape: tuple[int, int]) -> float:
+        return self.quantizer.estimate_bits(shape)
+
+    def record(self, block: str) -> dict[str, Any]:
+        """What was done with the layers of the block."""
+        inside = block + "."
+        return {
+            "layers": [asdict(layer) for name, layer in self.done.items() if name.startswith(inside)],
+            "notes": [note for note in self.notes if note[0].startswith(inside)],
+        }
+
+    def restore(self, record: dict[str, Any]) -> None:
+        for layer in record["layers"]:
+            self.done[layer["name"]] = QuantizedLayer(**{**layer, "shape": tuple(layer["shape"])})
+        self.notes += [(name, text) for name, text in record["notes"]]
+
+    def quantize(self, name: str, stats: InputStatistics | None = None, ready: CompressedWeight | None = None) -> None:
+        """Replace the weight of this layer, and of those that share it, if that is still to be done.
+
+        ready: the quantized weight, where the method has it already.
+        """
         if name in self.done:
             return
         begin = time.monotonic()
         dense = self.layers[name].weight.detach()
         try:
-            quantized = self.quantizer.quantize(dense, stats)
+            if ready is not None:
+                quantized = ready
+            elif name in self.pruned:
+                quantized = self.quantizer.quantize_pruned(dense, kept_mask(dense), stats)
+            else:
+                quantized = self.quantizer.quantize(dense, stats)
         except ModelError as error:
             problems = [Problem(f"{name} ({item.where})", item.what, item.fix) for item in error.problems]
             raise ModelError(problems) from error
         change = quantized.dequantize(torch.float32).sub_(dense)
         output_error = None
-        if stats is not None and stats.tokens:
+        if stats is not None and stats.tokens and stats.hessian is not None:
             before = weighted_error(dense.float(), stats.hessian)
             output_error = math.sqrt(weighted_error(change, stats.hessian) / before) if before > 0 else 0.0
         parameter = nn.Parameter(quantized, requires_grad=False)
-        for same in self.sharing.pop(id(self.layers[name].weight)):
+        for same in self.sharing[name]:
             self.layers[same].weight = parameter
             self.done[same] = QuantizedLayer(
                 name=same,
@@ -140,66 +241,55 @@ class _Replacement:
         self.seconds["quantize"] = self.seconds.get("quantize", 0.0) + time.monotonic() - begin
 
 
-def _walk(model: nn.Module, work: _Replacement, calibration: Tensor, progress: bool) -> None:
-    """Block by block: the statistics, the layers, and on with the outputs of the quantized block."""
-    walk = BlockWalk(model, calibration, work.layers, progress)
-    for statistics in walk:
-        for name in list(statistics):
-            # The last layer that shares them frees them.
-            stats = statistics.pop(name)
-            work.quantize(name, stats)
-            work.notes += [(name, note) for note in stats.notes]
-    work.seconds |= walk.seconds
-
-
 def select_layers(model: nn.Module, quantizer: Quantizer) -> tuple[list[tuple[str, nn.Linear]], list[tuple[str, str]]]:
     """The layers that the patterns select, and the others with the reason.
 
     Raises:
         ModelError: a pattern matches no linear layer inside the blocks, or nothing is left to quantize.
     """
-    inside = linear_layers(model)
-    names = [name for name, _ in inside]
-    everything = [name for name, _ in linear_layers(model, inside_blocks=False)]
-    problems = []
-    for setting in ("targets", "skip"):
-        for pattern in getattr(quantizer, setting):
-            if fnmatch.filter(names, pattern):
-                continue
-            what = f'the pattern "{pattern}" matches no linear layer inside the decoder blocks'
-            if fnmatch.filter(everything, pattern):
-                what += "; layers outside of them (the head) are never quantized"
-            problems.append(Problem(setting, what, f'layers are named like "{names[0]}"' if names else ""))
-    if problems:
-        raise ModelError(problems)
-    chosen = [(name, layer) for name, layer in inside if quantizer.selects(name)]
-    left_alone = []
-    for name in everything:
-        if name not in names:
-            left_alone.append((name, "outside the decoder blocks"))
-        elif (pattern := quantizer.skipped_by(name)) is not None:
-            left_alone.append((name, f'skip: "{pattern}"'))
-        elif not quantizer.selects(name):
-            left_alone.append((name, "matches no pattern of targets"))
-    if not chosen:
-        raise ModelError(Problem("skip", "the patterns leave no layer to quantize", "remove a pattern"))
-    return chosen, left_alone
+    return selection.select_layers(model, quantizer.targets, quantizer.skip, "quantized")
 
 
-def _check(layers: list[tuple[str, nn.Linear]], quantizer: Quantizer) -> None:
-    problems = []
+def check_layers(layers: list[tuple[str, nn.Linear]], quantizer: Quantizer, values: bool = True) -> None:
+    """Whether the quantizer can take all these layers. values: look at their weights too, not only at the shapes.
+
+    Raises:
+        ModelError: one problem for each reason, naming the layers that it holds for.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers:
-        weight = layer.weight
-        if isinstance(weight, CompressedWeight):
-            problems.append(Problem(name, "is compressed already", "quantize the original model"))
-        elif weight.device.type == "meta":
-            problems.append(Problem(name, "has no data (it is on the meta device)", "load the model first"))
-        elif reason := quantizer.check((weight.shape[0], weight.shape[1])):
-            problems.append(Problem(name, reason, "change the settings or add the layer to skip"))
-        elif not torch.isfinite(weight.detach()).all():
-            problems.append(Problem(name, "has NaN or infinite weights", "the model file is damaged: get it again"))
-    if problems:
-        raise ModelError(problems)
+        if reason := layer_problem(layer, quantizer, values):
+            found.setdefault(reason, []).append(name)
+    if found:
+        raise ModelError([Problem(list_names(names), what, fix) for (what, fix), names in found.items()])
+
+
+def layer_problem(layer: nn.Linear, quantizer: Quantizer, values: bool = True) -> tuple[str, str] | None:
+    """Why the layer cannot be quantized, and what to do; None if it can."""
+    weight = layer.weight
+    if isinstance(weight, CompressedWeight):
+        return "compressed already", "quantize the original model"
+    if values and weight.device.type == "meta":
+        return "no data (on the meta device)", "load the model first"
+    if reason := quantizer.check((weight.shape[0], weight.shape[1])):
+        return reason, "change the settings or add the layers to skip"
+    if values and not torch.isfinite(weight.detach()).all():
+        return "NaN or infinite weights", "the model file is damaged: get it again"
+    return None
+
+
+def shared_parameters(model: nn.Module) -> set[str]:
+    """Full names of the parameters that stand at more than one place of the model."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    return {name for names in places.values() if len(names) > 1 for name in names}
+
+
+def list_names(names: Sequence[str], most: int = 3) -> str:
+    """The first few names, and how many there are."""
+    listed = ", ".join(names[:most])
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more ({len(names)} layers)"
 
 
 def _relative(error: Tensor, dense: Tensor) -> float:

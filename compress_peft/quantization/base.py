@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Container
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress_peft.models.walk import BlockTurn
 from compress_peft.registry import Method, Registry
 from compress_peft.weights import CompressedWeight
 from compress_peft.weights.affine import affine_spec
@@ -22,11 +25,24 @@ GroupSize = Annotated[int, Field(gt=0, multiple_of=8)] | None
 """Of an affine grid; None: one group per row."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a method did with a whole block."""
+
+    weights: dict[str, CompressedWeight] = field(default_factory=dict)
+    """By full name of the layer: those that are quantized with this already."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """(layer, what the user should know)."""
+
+
 class Quantizer(Method):
     """Settings and the algorithm on one weight. Pure: no model, no hooks, no device logic."""
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Statistics of the layer's inputs that `quantize` uses."""
+
+    keeps_zeros: ClassVar[bool] = False
+    """Whether a pruned layer stays pruned (`quantize_pruned`); other methods are refused after pruning."""
 
     method: str
 
@@ -40,6 +56,21 @@ class Quantizer(Method):
     def quantize(self, weight: Tensor, stats: Any = None) -> CompressedWeight:
         """weight: (out, in), finite. The result stands for it on the same device."""
         raise NotImplementedError
+
+    def quantize_pruned(self, weight: Tensor, mask: Tensor, stats: Any = None) -> CompressedWeight:
+        """`quantize` for a pruned weight: zero, in the result too, where mask, bool (out, in), is not set.
+
+        What rounds every weight by itself, on a grid that has zero, needs no more than this.
+        """
+        return self.quantize(weight, stats)
+
+    def prepare_block(self, turn: BlockTurn, shared: Container[str]) -> Prepared:
+        """For methods that look at a whole block: called before the layers of the block are quantized one by one.
+
+        May change the dense parameters and the statistics of the block, as long as the block computes the same, but
+        for parameters in `shared`: full names of those that stand at several places of the model.
+        """
+        return Prepared()
 
     def estimate_bits(self, shape: tuple[int, int]) -> float:
         """Bits per weight of a layer (out, in), all storage counted."""

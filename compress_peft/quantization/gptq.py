@@ -24,6 +24,7 @@ class GPTQ(Quantizer):
 
     paper: ClassVar[str] = "GPTQ, Frantar et al. 2022, arXiv 2210.17323"
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
+    keeps_zeros: ClassVar[bool] = True
 
     method: Literal["gptq"] = "gptq"
 
@@ -60,10 +61,17 @@ class GPTQ(Quantizer):
         Raises:
             ModelError: the Hessian has NaN, or cannot be made positive definite.
         """
+        return self._quantize(weight, None, stats)
+
+    def quantize_pruned(self, weight: Tensor, mask: Tensor, stats: Any = None) -> AffineWeight:
+        """The errors of the columns before are made up for by kept weights alone."""
+        return self._quantize(weight, mask, stats)
+
+    def _quantize(self, weight: Tensor, mask: Tensor | None, stats: Any) -> AffineWeight:
         if stats is None:
             stats = InputStatistics(torch.eye(weight.shape[1], device=weight.device))
         assert isinstance(stats, InputStatistics)
-        order, factor = self._prepare(stats)
+        order, factor, carry = self._prepare(stats)
         rows, columns = weight.shape
         size = self.group_size or columns
         top = 2**self.bits - 1
@@ -86,12 +94,14 @@ class GPTQ(Quantizer):
                 grid = self.find_grid(current[:, :size].contiguous(), None)
                 scales[group], zeros[group] = grid[0][:, 0], grid[1][:, 0]
             scale, zero = scales[group], zeros[group]
-            code = torch.div(current[:, 0], scale).add_(zero).round_().clamp_(0, top)
+            column = current[:, 0] if mask is None else current[:, 0] * mask[:, place]
+            code = torch.div(column, scale).add_(zero).round_().clamp_(0, top)
             codes[place] = code
             return code.sub_(zero).mul_(scale)[:, None]
 
         limits = (BLOCK_COLUMNS, INNER_COLUMNS)
-        sweep(dense, factor, compress, *(fitting_block(self.group_size, n) if self.group_size else n for n in limits))
+        outer, inner = (fitting_block(self.group_size, limit) if self.group_size else limit for limit in limits)
+        sweep(dense, factor, compress, outer, inner, carry)
         stored = None if self.symmetric else zeros.T.to(torch.uint8).contiguous()
         return AffineWeight.from_codes(
             codes.T.contiguous(),
@@ -109,11 +119,13 @@ class GPTQ(Quantizer):
         grid = affine.find_grid(weight, self.bits, group_size, self.symmetric, dtype)
         return shrink_grid(weight, *grid, self.bits, group_size, dtype) if self.mse else grid
 
-    def _prepare(self, stats: InputStatistics) -> tuple[Tensor | None, Tensor]:
-        """The order of the columns and the factor in this order; worked out once for layers that share an input."""
+    def _prepare(self, stats: InputStatistics) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The order of the columns, and in this order the factor and the carry (None) of the sweep; worked out once for
+        layers that share an input."""
         key = (self.act_order, self.damping)
         if key not in stats.memo:
             hessian = stats.hessian
+            assert hessian is not None, "the walk was not asked for the Hessian"
             order = None
             if self.act_order == "static":
                 order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -122,7 +134,7 @@ class GPTQ(Quantizer):
             stats.notes += notes
             stats.memo[key] = (order, factor)
         order, factor = stats.memo[key]
-        return order, factor
+        return order, factor, None
 
     def estimate_bits(self, shape: tuple[int, int]) -> float:
         return affine_bits(shape, self.bits, self.group_size, self.symmetric, dtype_from_name(self.scale_dtype))

@@ -17,6 +17,7 @@ class NF4(Quantizer):
     """4-bit NormalFloat: round to nearest on the quantiles of a normal distribution, per block; needs no data."""
 
     paper: ClassVar[str] = "QLoRA, Dettmers et al. 2023, arXiv 2305.14314"
+    keeps_zeros: ClassVar[bool] = True
 
     method: Literal["nf4"] = "nf4"
 
@@ -34,7 +35,7 @@ class NF4(Quantizer):
         return NF4Weight.quantize(weight, self.block_size, self.double_quant, self.compute_dtype)
 
     def estimate_bits(self, shape: tuple[int, int]) -> float:
-        spec = {"kind": "nf4", "shape": shape, "block_size": self.block_size, "double_quant": self.double_quant}
+        spec = {"kind": self.method, "shape": shape, "block_size": self.block_size, "double_quant": self.double_quant}
         return stored_bits(spec)
 
     def check(self, shape: tuple[int, int]) -> str | None:

@@ -21,6 +21,7 @@ class RTN(Quantizer):
     """Round to nearest: integer codes with a scale and a zero per group; needs no data."""
 
     paper: ClassVar[str] = "the baseline of GPTQ, Frantar et al. 2022, arXiv 2210.17323"
+    keeps_zeros: ClassVar[bool] = True
 
     method: Literal["rtn"] = "rtn"
 

@@ -114,7 +114,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.clone()
     if bits in (2, 4):
         padded = functional.pad(codes, (0, -columns % (8 // bits))).view(rows, -1, 8 // bits)
-        return (padded << torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)).sum(2, dtype=torch.uint8)
+        packed = padded[..., 0].clone()
+        for place in range(1, 8 // bits):  # several times as fast as a sum over so short a dimension
+            packed |= padded[..., place] << (place * bits)
+        return packed
     padded = functional.pad(codes, (0, -columns % 8)).view(rows, -1, 8).int()
     shifts = torch.arange(0, 8 * bits, bits, dtype=torch.int32, device=codes.device)
     words = (padded << shifts).sum(dim=2)

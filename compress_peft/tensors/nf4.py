@@ -1,4 +1,5 @@
-"""NF4: 4-bit codes at the quantiles of a normal distribution, one absmax per block of 64 weights.
+"""NF4: 4-bit codes at the quantiles of a normal distribution, one absmax per block of 64 weights. And FP4, the same
+with 4-bit floating-point numbers as grid points.
 
 Source: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3: 4-bit NormalFloat and double quantization.
 The bytes are those of bitsandbytes (`quantize_4bit(..., quant_type="nf4")` on CPU), equal code for code, so that
@@ -41,6 +42,11 @@ NF4_VALUES = (
 )
 """The 16 grid points (QLoRA, appendix E), in the order of their codes."""
 
+FP4_VALUES = tuple(sign * value / 12 for sign in (1.0, -1.0) for value in (0.0, 0.0625, 8, 12, 4, 6, 2, 3))
+"""1 bit of sign, 2 of exponent, 1 of mantissa, over 12, in the order of their codes (bitsandbytes, `get_4bit_type`)."""
+
+GRIDS = {"nf4": NF4_VALUES, "fp4": FP4_VALUES}
+
 ABSMAX_GROUP = 256
 """Blocks that share one scale in double quantization."""
 
@@ -54,10 +60,25 @@ def nf4_values(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _byte_pairs(device: torch.device) -> Tensor:
+def grid_values(device: torch.device, grid: str) -> Tensor:
+    """(16,) float32, the points of a grid of GRIDS in the order of their codes."""
+    return torch.tensor([abs(value) and value for value in GRIDS[grid]], dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _ascending(device: torch.device, grid: str) -> tuple[Tensor, Tensor]:
+    """Where one grid point ends and the next begins, (15,) float32, and the codes in that order, uint8 (16,)."""
+    values = grid_values(device, grid)
+    order = values.argsort(stable=True)
+    ordered = values[order]
+    return (ordered[:-1] + ordered[1:]) / 2, order.to(torch.uint8)
+
+
+@functools.cache
+def _byte_pairs(device: torch.device, grid: str) -> Tensor:
     """(256, 2) float32: the two grid points that a byte stands for."""
     byte = torch.arange(256, device=device)
-    return nf4_values(device)[torch.stack([byte >> 4, byte & 15], dim=1)]
+    return grid_values(device, grid)[torch.stack([byte >> 4, byte & 15], dim=1)]
 
 
 @functools.cache
@@ -85,15 +106,14 @@ def _dynamic_lookup(device: torch.device) -> Tensor:
     return torch.bucketize(steps, 0.5 * (grid[:-1] + grid[1:])).to(torch.uint8)
 
 
-def quantize_nf4(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
+def quantize_nf4(weight: Tensor, block_size: int = 64, grid: str = "nf4") -> tuple[Tensor, Tensor]:
     """Nearest grid point of weight / absmax, ties to the lower one.
 
-    weight: any shape, any floating dtype, finite.
+    weight: any shape, any floating dtype, finite. grid: a name of GRIDS.
     Returns (codes, absmax) as in the module's docstring; a lone last weight is paired with the code of zero.
     """
     flat = weight.detach().reshape(-1)
-    grid = nf4_values(flat.device)
-    bounds = (grid[:-1] + grid[1:]) / 2
+    bounds, order = _ascending(flat.device, grid)
     codes, maxima = [], []
     chunk = max(_CHUNK // (2 * block_size), 1) * 2 * block_size
     for start in range(0, flat.numel(), chunk):
@@ -113,16 +133,23 @@ def quantize_nf4(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
         if values.numel() % 2:
             values = torch.nn.functional.pad(values, (0, 1))
         index = torch.bucketize(values, bounds, out_int32=True).to(torch.uint8)
+        if grid != "nf4":  # whose codes are in order
+            index = order[index.int()]
         codes.append((index[::2] << 4) | index[1::2])
     return torch.cat(codes).view(-1, 1), torch.cat(maxima)
 
 
 def dequantize_nf4(
-    codes: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int = 64, dtype: torch.dtype = torch.float32
+    codes: Tensor,
+    absmax: Tensor,
+    shape: Sequence[int],
+    block_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    grid: str = "nf4",
 ) -> Tensor:
     """The weight, of the given shape and dtype: grid point times absmax in float32, then rounded to dtype."""
     count = math.prod(shape)
-    pairs = torch.nn.functional.embedding(codes.view(-1).int(), _byte_pairs(codes.device)).view(-1)[:count]
+    pairs = torch.nn.functional.embedding(codes.view(-1).int(), _byte_pairs(codes.device, grid)).view(-1)[:count]
     full = count // block_size * block_size
     out = pairs[:full].view(-1, block_size).mul_(absmax[: full // block_size].view(-1, 1)).view(-1)
     if full < count:

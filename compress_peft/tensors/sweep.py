@@ -101,10 +101,12 @@ def sweep(
     compress: Compress,
     block_columns: int = BLOCK_COLUMNS,
     inner_columns: int = INNER_COLUMNS,
+    carry: Tensor | None = None,
 ) -> Tensor:
     """All columns from left to right; returns the compressed weight (out, in).
 
-    weight: (out, in), not changed. factor: U of `inverse_factor`, (in, in), of the same dtype.
+    weight: (out, in), not changed. factor: U of `inverse_factor`, (in, in), of the same dtype. carry: (in, in), what
+    of column j, as it is before it is compressed, the columns k > j take besides the error (`drift_carry`).
     """
     columns = weight.shape[1]
     # Held as (in, out), so that a column lies in one piece.
@@ -115,6 +117,7 @@ def sweep(
     for start in range(0, columns, block_columns):
         stop = min(start + block_columns, columns)
         errors = torch.empty_like(work[start:stop])
+        before = None if carry is None else torch.empty_like(errors)
         with _one_thread():
             for inner in range(start, stop, inner_columns):
                 end = min(inner + inner_columns, stop)
@@ -122,11 +125,30 @@ def sweep(
                     column = work[index]
                     compressed = compress(index, work[index:].T)[:, 0]
                     error = torch.sub(column, compressed, out=errors[index - start]).div_(diagonal[index])
+                    if carry is not None and before is not None:
+                        before[index - start] = column
+                        work[index + 1 : end].addr_(carry[index, index + 1 : end], column)
                     column.copy_(compressed)
                     work[index + 1 : end].addr_(factor[index, index + 1 : end], error, alpha=-1)
                 work[end:stop].addmm_(factor[inner:end, end:stop].T, errors[inner - start : end - start], alpha=-1)
+                if carry is not None and before is not None:
+                    work[end:stop].addmm_(carry[inner:end, end:stop].T, before[inner - start : end - start])
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        if carry is not None and before is not None:
+            work[stop:].addmm_(carry[start:stop, stop:].T, before)
     return work.T.contiguous()
+
+
+def drift_carry(drift: Tensor, factor: Tensor) -> Tensor:
+    """The `carry` of a sweep whose inputs X should give the outputs of other inputs X + D: (in, in), strictly upper.
+
+    Column j takes part in that with its own share w_j D_j of the target, for which the best change of the columns
+    F = {k > j} is w_j D_j X_F^T H_FF^-1. As H_FF^-1 = U_FF^T U_FF, all of these rows together are the strictly upper
+    triangle of (D^T X) U^T, times U: the matrix P of GPTAQ, Li et al. 2025, arXiv 2504.02692.
+
+    drift: D^T X, (in, in), in the order of the columns. factor: U of `inverse_factor`.
+    """
+    return (drift @ factor.T).triu_(1) @ factor
 
 
 @contextmanager

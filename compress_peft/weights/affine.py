@@ -150,24 +150,24 @@ class AffineWeight(CompressedWeight):
             raise ModelError(Problem("shift_groups", what, "store the zeros as float32, or merge with another policy"))
         return AffineWeight(self.parts._replace(codes=self.codes.clone(), zeros=zeros), self.dtype)
 
-    def requantize(self, weight: Tensor, keep: Tensor | None = None) -> AffineWeight:
+    def add_on_grid(self, delta: Tensor, dither: Tensor | None = None, keep: Tensor | None = None) -> AffineWeight:
+        """See `GridWeight`."""
         groups = (self.shape[0], self.scales.shape[1], -1)
         scales = self.scales.float()[..., None]
-        zeros = affine.symmetric_zero(self.bits) if self.zeros is None else self.zeros.float()[..., None]
-        values = weight.detach().float().view(groups) / scales
-        codes = (values + zeros).round_().clamp_(0, 2**self.bits - 1)
+        codes = delta.detach().float().reshape(groups) / scales.where(scales != 0, 1.0)
+        codes += self.unpacked().view(groups)
+        if dither is not None:
+            codes += dither.view(groups)
+        codes.round_().clamp_(0, 2**self.bits - 1)
         if keep is not None:
-            hit = (codes == zeros) & keep.view(groups)
-            up = (values >= 0) & (codes < 2**self.bits - 1) | (codes == 0)
-            codes = torch.where(hit, torch.where(up, codes + 1, codes - 1), codes)
-            codes = torch.where(keep.view(groups), codes, zeros)
-        if bool((scales == 0).any()):
-            codes = torch.where(scales == 0, self.unpacked().view(groups).float(), codes)
-        packed = affine.pack(codes.to(torch.uint8).view(tuple(self.shape)), self.bits)
+            zeros = affine.symmetric_zero(self.bits) if self.zeros is None else self.zeros.float()[..., None]
+            old = self.unpacked().view(groups).float()
+            # A kept weight stays on its side of zero; the code next to zero there exists, since its own does.
+            beside = zeros + (old - zeros).sign()
+            kept = keep.view(groups)
+            codes = torch.where(kept & (codes == zeros), beside, codes).where(kept, old)
+        packed = affine.pack(codes.to(torch.uint8).view(self.shape[0], self.shape[1]), self.bits)
         return AffineWeight(self.parts._replace(codes=packed), self.dtype)
-
-    def steps(self) -> Tensor:
-        return self.scales.float().repeat_interleave(self.shape[1] // self.scales.shape[1], dim=1)
 
 
 def affine_spec(

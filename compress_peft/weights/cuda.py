@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress_peft.errors import MissingRequirement, Problem
-from compress_peft.tensors.nf4 import ABSMAX_GROUP, dynamic_map, nf4_values
+from compress_peft.tensors.nf4 import ABSMAX_GROUP, dynamic_map, grid_values
 from compress_peft.weights.parts import NF4Parts
 
 
@@ -29,9 +29,9 @@ def quant_state(parts: NF4Parts, dtype: torch.dtype) -> Any:
     device = parts.codes.device
     common = {
         "shape": torch.Size(parts.shape),
-        "code": nf4_values(device),
+        "code": grid_values(device, parts.grid),
         "blocksize": parts.block_size,
-        "quant_type": "nf4",
+        "quant_type": parts.grid,
         "dtype": dtype,
     }
     if parts.absmax is not None:

@@ -8,12 +8,13 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress_peft.errors import ConfigError, Problem, did_you_mean
-from compress_peft.tensors.nf4 import dynamic_map
+from compress_peft.tensors.nf4 import GRIDS, dynamic_map
 from compress_peft.weights.parts import AffineParts, NF4Parts, Parts
 
 ISA_VARIABLE = "COMPRESS_PEFT_CPU_ISA"
@@ -35,14 +36,20 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     nf4 = [pointer] * 6 + [size]
-    library.nf4_dequantize.argtypes = [*nf4, size, size, pointer, pointer, integer, integer]
-    library.nf4_dequantize.restype = None
-    library.nf4_matmul.argtypes = [*nf4, pointer, pointer, size, size, size, integer, integer]
+    for grid in GRIDS:
+        function(library, grid, "dequantize").argtypes = [*nf4, size, size, pointer, pointer, integer, integer]
+        function(library, grid, "dequantize").restype = None
+        function(library, grid, "matmul").argtypes = [*nf4, pointer, pointer, size, size, size, integer, integer]
     affine = [pointer] * 3 + [integer] * 3 + [size]
     library.affine_dequantize.argtypes = [*affine, size, size, size, pointer, pointer, integer, integer]
     library.affine_dequantize.restype = None
     library.affine_matmul.argtypes = [*affine, pointer, pointer, size, size, size, integer, integer]
     return library
+
+
+def function(library: ctypes.CDLL, grid: str, name: str) -> Any:
+    """ "dequantize" or "matmul" for a grid of GRIDS."""
+    return getattr(library, f"{grid}_{name}")
 
 
 @functools.cache
@@ -120,7 +127,7 @@ def dequantize_into(out: Tensor, parts: Parts, first_row: int = 0, isa: str | No
         return
     begin = first_row * columns
     assert begin % parts.block_size == 0
-    library.nf4_dequantize(*_nf4(parts), begin, out.numel(), *run)
+    function(library, parts.grid, "dequantize")(*_nf4(parts), begin, out.numel(), *run)
 
 
 def prepare(parts: Parts, isa: str | None = None) -> Callable[[Tensor, Tensor, int], None]:
@@ -135,7 +142,7 @@ def prepare(parts: Parts, isa: str | None = None) -> Callable[[Tensor, Tensor, i
     if isinstance(parts, AffineParts):
         product = functools.partial(library.affine_matmul, *_affine(parts))
     else:
-        product = functools.partial(library.nf4_matmul, *_nf4(parts))
+        product = functools.partial(function(library, parts.grid, "matmul"), *_nf4(parts))
 
     def run(x: Tensor, out: Tensor, rows: int) -> None:
         threads = torch.get_num_threads()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compress_peft.errors import ModelError, Problem
 from compress_peft.tensors import nf4
@@ -17,6 +19,9 @@ from compress_peft.weights.parts import NF4Parts
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What the kernels (ours and bitsandbytes') take."""
+
+ZERO = nf4.NF4_VALUES.index(0.0)
+"""The code of zero."""
 
 
 class NF4Weight(CompressedWeight):
@@ -28,6 +33,7 @@ class NF4Weight(CompressedWeight):
     """
 
     kind: ClassVar[str] = "nf4"
+    grid: ClassVar[str] = "nf4"
     component_names: ClassVar[tuple[str, ...]] = (
         "codes",
         "absmax",
@@ -62,14 +68,14 @@ class NF4Weight(CompressedWeight):
     @classmethod
     def quantize(
         cls, weight: Tensor, block_size: int = 64, double_quant: bool = True, compute_dtype: str = "auto"
-    ) -> NF4Weight:
+    ) -> Self:
         """weight: (out, in), finite. See `tensors.nf4` for the rounding."""
-        codes, absmax = nf4.quantize_nf4(weight, block_size)
+        codes, absmax = nf4.quantize_nf4(weight, block_size, cls.grid)
         shape = (weight.shape[0], weight.shape[1])
         if double_quant:
-            parts = NF4Parts(codes, shape, block_size, None, *nf4.quantize_absmax(absmax))
+            parts = NF4Parts(codes, shape, block_size, None, *nf4.quantize_absmax(absmax), grid=cls.grid)
         else:
-            parts = NF4Parts(codes, shape, block_size, absmax)
+            parts = NF4Parts(codes, shape, block_size, absmax, grid=cls.grid)
         return cls(parts, weight.dtype, compute_dtype)
 
     @property
@@ -83,6 +89,7 @@ class NF4Weight(CompressedWeight):
             self.absmax_codes,
             self.absmax_scales,
             self.absmax_offset,
+            self.grid,
         )
 
     @property
@@ -115,7 +122,7 @@ class NF4Weight(CompressedWeight):
     @classmethod
     def build(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> NF4Weight:
         shape = (int(spec["shape"][0]), int(spec["shape"][1]))
-        parts = NF4Parts(shape=shape, block_size=spec["block_size"], **tensors)
+        parts = NF4Parts(shape=shape, block_size=spec["block_size"], **tensors, grid=cls.grid)
         return cls(parts, dtype_from_name(spec["dtype"]), spec.get("compute_dtype", "auto"))
 
     def scale_rows(self, vector: Tensor) -> NF4Weight:
@@ -136,11 +143,63 @@ class NF4Weight(CompressedWeight):
                     "merge with another policy, or quantize with a block size that divides the row",
                 )
             )
-        absmax = self.absmax
-        if absmax is None:
-            assert self.absmax_codes is not None and self.absmax_scales is not None and self.absmax_offset is not None
-            absmax = nf4.dequantize_absmax(self.absmax_codes, self.absmax_scales, self.absmax_offset)
+        absmax = self._absmax()
         factors = vector.detach().to(device=absmax.device, dtype=torch.float32)
         scaled = (absmax.view(out_features, -1) * factors.view(-1, 1)).reshape(-1)
-        parts = NF4Parts(self.codes.clone(), (out_features, in_features), self.block_size, scaled)
-        return NF4Weight(parts, self.dtype, self.compute_dtype)
+        parts = NF4Parts(self.codes.clone(), (out_features, in_features), self.block_size, scaled, grid=self.grid)
+        return type(self)(parts, self.dtype, self.compute_dtype)
+
+    def add_on_grid(self, delta: Tensor, dither: Tensor | None = None, keep: Tensor | None = None) -> NF4Weight:
+        """See `GridWeight`."""
+        absmax, count, size = self._absmax(), self.numel(), self.block_size
+        old = torch.stack([self.codes >> 4, self.codes & 15], dim=1).view(-1)[:count]
+        grid = nf4.nf4_values(old.device)
+        flat = functional.pad(delta.detach().float().reshape(-1), (0, -count % size)).view(-1, size)
+        values = (flat / absmax.where(absmax != 0, 1.0)[:, None]).view(-1)[:count]
+        values += functional.embedding(old.int(), grid[:, None]).view(-1)
+        if dither is not None:
+            gaps = grid.diff()
+            sides = torch.stack([torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])], dim=1)  # below, above
+            flat = dither.reshape(-1)
+            values += functional.embedding(old.int() * 2 + (flat > 0), sides.view(-1, 1)).view(-1) * flat
+        codes = nearest_codes(values)
+        if keep is not None:
+            kept = keep.reshape(-1)
+            beside = ZERO + (old > ZERO).to(torch.uint8) - (old < ZERO).to(torch.uint8)
+            codes = torch.where(kept & (codes == ZERO), beside, codes).where(kept, old)
+        codes = functional.pad(codes, (0, count % 2), value=ZERO)
+        packed = ((codes[::2] << 4) | codes[1::2]).view(-1, 1)
+        return NF4Weight(self.parts._replace(codes=packed), self.dtype, self.compute_dtype)
+
+    def _absmax(self) -> Tensor:
+        """(blocks,) float32."""
+        if self.absmax is not None:
+            return self.absmax
+        assert self.absmax_codes is not None and self.absmax_scales is not None and self.absmax_offset is not None
+        return nf4.dequantize_absmax(self.absmax_codes, self.absmax_scales, self.absmax_offset)
+
+
+BINS = 64
+"""Equal parts of [-1, 1]: each holds one border between two codes at most."""
+
+
+def nearest_codes(values: Tensor) -> Tensor:
+    """The nearest grid points, ties to the lower one; uint8 (n,). values: float32 (n,).
+
+    Several times as fast as torch.bucketize: the bin of a value gives its code but for one comparison.
+    """
+    place = ((values + 1) * (BINS / 2)).clamp_(0, BINS - 1).int()
+    found = functional.embedding(place, _bins(values.device))  # (n, 2)
+    return (found[:, 0] + (values > found[:, 1])).to(torch.uint8)
+
+
+@functools.cache
+def _bins(device: torch.device) -> Tensor:
+    """float32 (BINS, 2): the code at the lower end of each bin, and the border inside it, or infinity."""
+    grid = nf4.nf4_values(device)
+    borders = (grid[:-1] + grid[1:]) / 2
+    edges = torch.linspace(-1, 1, BINS + 1, device=device)
+    codes = (borders[None, :] < edges[:, None]).sum(dim=1)
+    inside = codes[1:] > codes[:-1]
+    limits = torch.where(inside, borders[codes[:-1].clamp(max=len(borders) - 1)], torch.inf)
+    return torch.stack([codes[:-1].float(), limits], dim=1)

@@ -23,6 +23,8 @@ class NF4Parts(NamedTuple):
     absmax_codes: Tensor | None = None
     absmax_scales: Tensor | None = None
     absmax_offset: Tensor | None = None
+    grid: str = "nf4"
+    """of `nf4.GRIDS`"""
 
     @property
     def by_rows(self) -> bool:
@@ -35,7 +37,7 @@ class NF4Parts(NamedTuple):
         if absmax is None:
             assert self.absmax_codes is not None and self.absmax_scales is not None and self.absmax_offset is not None
             absmax = nf4.dequantize_absmax(self.absmax_codes, self.absmax_scales, self.absmax_offset)
-        return nf4.dequantize_nf4(self.codes, absmax, self.shape, self.block_size, dtype)
+        return nf4.dequantize_nf4(self.codes, absmax, self.shape, self.block_size, dtype, self.grid)
 
 
 class AffineParts(NamedTuple):

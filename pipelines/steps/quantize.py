@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from compress_peft.data.blocks import CalibrationSettings, calibration_blocks
-from compress_peft.errors import ConfigError, DataError, ModelError, Problem
-from compress_peft.models.layers import decoder_layers
+from compress_peft.data.blocks import CalibrationSettings
+from compress_peft.errors import ConfigError, ModelError, Problem
+from compress_peft.loading import load
+from compress_peft.models.empty import empty_model, match_folder
+from compress_peft.models.layers import linear_layers
+from compress_peft.models.needs import estimate_walk, prefers_out_of_core
+from compress_peft.models.out_of_core import ACTIVATIONS_IN_MEMORY
 from compress_peft.models.save import save_model
-from compress_peft.models.walk import CHUNK_TOKENS
-from compress_peft.quantization import QUANTIZERS, quantize_model
+from compress_peft.quantization import QUANTIZERS, quantize_folder, quantize_model
+from compress_peft.quantization.apply import list_names, select_layers
+from compress_peft.quantization.base import affine_bits
+from compress_peft.quantization.head import HeadBits, QuantizedHead, head_group, quantize_head
+from pipelines.calibration import calibration_text, check_calibration, overlap_notes, walk_bytes
 from pipelines.plan import ModelShape, StepEstimate
 from pipelines.state import RunState
 from pipelines.steps.base import STEPS, Step, StepResult
@@ -29,6 +37,13 @@ class Quantize(Step):
     step: Literal["quantize"] = "quantize"
     quantizer: QUANTIZERS.union()  # type: ignore[valid-type]
     """The method and its settings, written beside `step`."""
+    out_of_core: bool | Literal["auto"] = "auto"
+    """true: load, quantize and write one block at a time, so that the model never has to fit into memory; a killed run
+    goes on at the block where it stopped. The result is the same, bit for bit. auto: when the dense model would take
+    more than half of the memory that is available. On CPUs only."""
+    head_bits: HeadBits | None = None
+    """4 or 8: round the output head to integers too, and with it the token embedding where both are one weight. In a
+    small model the head is most of what is left, in bytes and in the time of a token. null: it stays as it is."""
 
     forbids: ClassVar[dict[str, str]] = {
         "quantized": "the model is quantized already -> keep one quantize step",
@@ -42,51 +57,76 @@ class Quantize(Step):
     @model_validator(mode="before")
     @classmethod
     def _nest(cls, values: Any) -> Any:
-        return nest(values, "quantizer")
+        if not isinstance(values, dict):
+            return values
+        own = {key: value for key, value in values.items() if key in ("out_of_core", "head_bits")}
+        return nest({key: value for key, value in values.items() if key not in own}, "quantizer") | own
+
+    def check_against(self, earlier: list[Step], where: str) -> list[Problem]:
+        if self.quantizer.keeps_zeros or not any("pruned" in step.states_added() for step in earlier):
+            return []
+        fix = f"use one of: {', '.join(name for name in QUANTIZERS if QUANTIZERS[name].keeps_zeros)}"
+        what = f'"{self.quantizer.method}" would fill the zeros of the pruned model'
+        return [Problem(f"{where}.method", what, fix)]
 
     def label(self) -> str:
         return f"quantized ({self.quantizer.method})"
 
     def run(self, state: RunState, folder: Path) -> StepResult:
-        model, tokenizer = state.model()
         blocks, calibration = self._calibration(state)
-        summary = quantize_model(model, self.quantizer, blocks)
-        save_model(model, folder / "model", tokenizer)
-        totals = {"bits_per_weight": summary.bits_per_weight, "relative_error": summary.relative_error}
-        return StepResult(
-            backbone=state.relative(folder / "model"), facts={**asdict(summary), **totals, "calibration": calibration}
+        notes = [] if blocks is None else self._overlap(state, blocks)
+        work = folder / "checkpoints" / "walk"  # what stands under this name survives a kill
+        out_of_core = goes_out_of_core(self.out_of_core, state, work, notes, "quantized")
+        for _, note in notes:
+            print(f"warning: {note}", file=sys.stderr, flush=True)
+        if out_of_core:
+            state.forget_model()
+            target = folder / ("model" if self.head_bits is None else "blocks")
+            summary = quantize_folder(
+                state.backbone,
+                target,
+                self.quantizer,
+                blocks,
+                dtype=state.dtype,
+                tokenizer=state.tokenizer(),
+                work=work,
+                trust_remote_code=state.recipe.model.trust_remote_code,
+            )
+            work.parent.rmdir()
+            head = self._head_of_folder(target, folder / "model", state)
+        else:
+            model, tokenizer = state.model()
+            summary = quantize_model(model, self.quantizer, blocks)
+            head = quantize_head(model, self.head_bits) if self.head_bits is not None else None
+            save_model(model, folder / "model", tokenizer)
+        facts = asdict(summary) | {
+            "bits_per_weight": summary.bits_per_weight,
+            "relative_error": summary.relative_error,
+            "calibration": calibration,
+            "out_of_core": out_of_core,
+            "head": asdict(head) if head is not None else None,
+            "notes": [*summary.notes, *notes],
+        }
+        return StepResult(backbone=state.relative(folder / "model"), facts=facts)
+
+    def _head_of_folder(self, source: Path, target: Path, state: RunState) -> QuantizedHead | None:
+        """Quantize the head of a folder whose blocks are compressed already, which fits into memory by now."""
+        if self.head_bits is None:
+            return None
+        model, tokenizer = load(
+            source, state.device, state.dtype, trust_remote_code=state.recipe.model.trust_remote_code
         )
+        head = quantize_head(model, self.head_bits)
+        save_model(model, target, tokenizer)
+        shutil.rmtree(source)
+        return head
+
+    def _overlap(self, state: RunState, blocks: Tensor) -> list[tuple[str, str]]:
+        return overlap_notes(state, blocks)
 
     def _calibration(self, state: RunState) -> tuple[Tensor | None, dict[str, Any] | None]:
-        """Token ids (samples, length) and what identifies them; None if the method needs no data.
-
-        Only documents of the training split, or the given file, are read: nothing of validation or test.
-        """
-        if not self.quantizer.needs:
-            return None, None
-        settings: CalibrationSettings = self.quantizer.calibration
-        if settings.text is None:
-            documents, source = [example.text for example in state.data().train], "training split"
-        else:
-            path = Path(settings.text).expanduser()
-            evaluated = state.recipe.evaluate.perplexity
-            if evaluated is not None and Path(evaluated.text).expanduser().resolve() == path.resolve():
-                what = f"{path} is also the text that perplexity is measured on"
-                raise ConfigError(Problem("calibration.text", what, "calibrate on another text"))
-            try:
-                documents, source = [path.read_text(encoding="utf-8")], str(path)
-            except (OSError, UnicodeDecodeError) as error:
-                what = f"{path} cannot be read: {error}"
-                raise DataError(Problem("calibration.text", what, "give a text file in UTF-8")) from error
-        blocks = calibration_blocks(state.tokenizer(), documents, settings)
-        return blocks, {
-            "source": source,
-            "documents": len(documents),
-            "samples": blocks.shape[0],
-            "length": blocks.shape[1],
-            "tokens": blocks.numel(),
-            "sha256": hashlib.sha256(blocks.numpy().tobytes()).hexdigest(),
-        }
+        """None if the method needs no data."""
+        return calibration_text(state, self.quantizer.calibration) if self.quantizer.needs else (None, None)
 
     def requires_data(self) -> str | None:
         if not self.quantizer.needs or self.quantizer.calibration.text is not None:
@@ -94,37 +134,32 @@ class Quantize(Step):
         return f'"{self.quantizer.method}" calibrates on the training split (or on calibration: {{text: FILE}})'
 
     def check(self, shape: ModelShape, where: str) -> list[Problem]:
-        return [*self._check_calibration(shape, where), *self._check_layers(shape, where)]
-
-    def _check_calibration(self, shape: ModelShape, where: str) -> list[Problem]:
-        if not self.quantizer.needs:
-            return []
-        settings: CalibrationSettings = self.quantizer.calibration
-        problems = []
-        if settings.text is not None and not Path(settings.text).expanduser().is_file():
-            what = f'the file "{settings.text}" does not exist'
-            problems.append(Problem(f"{where}.calibration.text", what, "give a text file, or leave it out"))
-        limit = getattr(shape.model.config, "max_position_embeddings", None)
-        if limit is not None and settings.length > limit:
-            what = f"{settings.length} tokens exceed the model's {limit} positions"
-            problems.append(Problem(f"{where}.calibration.length", what, f"use at most {limit}"))
-        return problems
+        needs = self.quantizer.needs
+        problems = check_calibration(self.quantizer.calibration, shape, where) if needs else []
+        return [*problems, *self._check_layers(shape, where)]
 
     def _check_layers(self, shape: ModelShape, where: str) -> list[Problem]:
         try:
             selected = shape.selected(self.quantizer)
         except ModelError as error:
             return [Problem(f"{where}.{problem.where}", problem.what, problem.fix) for problem in error.problems]
-        reasons = {name: self.quantizer.check(size) for name, size in selected.items()}
-        return [
-            Problem(f"{where} ({name})", reason, "change the setting, or add the layer to skip")
-            for name, reason in reasons.items()
-            if reason is not None
-        ]
+        reasons: dict[str, list[str]] = {}
+        for name, size in selected.items():
+            if (reason := self.quantizer.check(size)) is not None:
+                reasons.setdefault(reason, []).append(name)
+        fix = "change the setting, or add the layers to skip"
+        return [Problem(f"{where} ({list_names(names)})", reason, fix) for reason, names in reasons.items()]
 
     def estimate(self, shape: ModelShape) -> StepEstimate:
         before = shape.weight_bytes()
-        walk = self._walk_bytes(shape) if self.quantizer.needs else 0.0
+        if self.out_of_core is True or (
+            self.out_of_core == "auto" and prefers_out_of_core(shape.model, shape.bytes_each)
+        ):
+            return self._estimate_blocks(shape, before)
+        walk = 0.0
+        self._shrink_head(shape)
+        if self.quantizer.needs:
+            walk = walk_bytes(self.quantizer.calibration, shape, shape.selected(self.quantizer), hessians=True)
         shape.quantize(self.quantizer)
         after = shape.weight_bytes()
         note = f"{before / after:.1f}x smaller"
@@ -133,18 +168,60 @@ class Quantize(Step):
             note += f"; calibration on {settings.samples} x {settings.length} tokens takes up to {walk / 2**20:.0f} MiB"
         return StepEstimate(memory=before + shape.largest_layer_bytes() + walk, disk=after, note=note)
 
-    def _walk_bytes(self, shape: ModelShape) -> float:
-        """At most: hidden states of all calibration tokens, one block's Hessians (as if no two layers shared one), the
-        activations of one pass through a block, and three more matrices like the largest Hessian for its factor."""
-        settings: CalibrationSettings = self.quantizer.calibration
-        config = shape.model.config.get_text_config()
-        blocks: dict[str, list[int]] = {}
-        for name, (_, columns) in shape.selected(self.quantizer).items():
-            block = next(root for root, _ in decoder_layers(shape.model) if name.startswith(f"{root}."))
-            blocks.setdefault(block, []).append(columns)
-        hessians = 4.0 * max(sum(size**2 for size in sizes) for sizes in blocks.values())
-        factor = 4.0 * 3 * max(max(sizes) for sizes in blocks.values()) ** 2
-        states = settings.samples * settings.length * config.hidden_size * shape.bytes_each
-        chunk = max(CHUNK_TOKENS, settings.length)
-        passing = shape.activation_bytes(chunk, checkpointing=False) / config.num_hidden_layers
-        return states + hessians + factor + passing
+    def _estimate_blocks(self, shape: ModelShape, before: float) -> StepEstimate:
+        """Of the walk out of core."""
+        settings = self.quantizer.calibration if self.quantizer.needs else None
+        needed = estimate_walk(
+            shape.model,
+            dict(select_layers(shape.model, self.quantizer)[0]),
+            self.quantizer.estimate_bits,
+            shape.bytes_each,
+            (settings.samples, settings.length) if settings else (0, 0),
+            self.quantizer.needs,
+            ACTIVATIONS_IN_MEMORY,
+        )
+        shape.quantize(self.quantizer)
+        self._shrink_head(shape)
+        note = f"{before / shape.weight_bytes():.1f}x smaller; block by block, the whole model is never in memory"
+        return StepEstimate(memory=needed.memory, disk=needed.disk, note=note)
+
+    def _shrink_head(self, shape: ModelShape) -> None:
+        """Count the head's bytes as they will be."""
+        head = shape.model.get_output_embeddings()
+        if self.head_bits is None or not isinstance(head, nn.Linear):
+            return
+        size = (head.out_features, head.in_features)
+        bits = affine_bits(size, self.head_bits, head_group(head.in_features), symmetric=False)
+        name = next(name for name, layer in linear_layers(shape.model, inside_blocks=False) if layer is head)
+        shape.compress({name: size[0] * size[1] * bits / 8})
+
+
+def goes_out_of_core(
+    setting: bool | Literal["auto"], state: RunState, work: Path, notes: list[tuple[str, str]], done: str
+) -> bool:
+    """Whether a step that can work block by block does so. work: the folder of an unfinished walk.
+
+    Adds to the notes where auto cannot do what it would; done: what the step does ("quantized").
+
+    Raises:
+        ConfigError: it is asked for where it cannot work.
+    """
+    if setting is False:
+        return False
+    if state.device.type != "cpu":
+        if setting == "auto":
+            return False
+        what = f"runs on the CPU, and the run's device is {state.device}"
+        raise ConfigError(Problem("out_of_core", what, "set device: cpu, or leave out_of_core out"))
+    if setting is True or work.exists():
+        return True
+    try:
+        model = empty_model(state.backbone, state.dtype, state.recipe.model.trust_remote_code)
+        if not prefers_out_of_core(model, state.dtype.itemsize):
+            return False
+        match_folder(model, state.backbone)
+    except ModelError as error:
+        problem = error.problems[0]
+        notes.append(("", f"{done} in memory, since block by block is not possible: {problem.where} {problem.what}"))
+        return False
+    return True

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress_peft.errors import DataError, ModelError
+from compress_peft.models import statistics as statistics_module
 from compress_peft.models import walk as walk_module
 from compress_peft.models.layers import decoder_layers, linear_layers
 from compress_peft.models.walk import BlockWalk
@@ -78,8 +79,8 @@ def test_hessians_are_those_of_the_model(kind: str, monkeypatch: pytest.MonkeyPa
     want = inputs_of(model, calibration)
     found = {}
     model.train()  # the walk must not see dropout
-    for statistics in BlockWalk(model, calibration, dict(linear_layers(model)), progress=False):
-        found |= statistics
+    for turn in BlockWalk(model, calibration, dict(linear_layers(model)), progress=False):
+        found |= turn.statistics
     assert model.training
     assert set(found) == {name for name, _ in linear_layers(model)}
     for name, inputs in want.items():
@@ -89,10 +90,100 @@ def test_hessians_are_those_of_the_model(kind: str, monkeypatch: pytest.MonkeyPa
     assert not any(module._forward_pre_hooks or "forward" in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.parametrize("needs", [("norms",), ()])
+def test_norms_alone_cost_no_products(needs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk_module, "CHUNK_TOKENS", 24)
+    monkeypatch.setattr(statistics_module, "add_gram", None)  # a call would fail
+    model = build("llama")
+    want = inputs_of(model, tokens())
+    found = {}
+    for turn in BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False, needs=needs):
+        found |= turn.statistics
+    assert found.keys() == want.keys()
+    for name, inputs in want.items():
+        value = found[name]
+        assert value.hessian is None and value.drift is None and value.tokens == len(inputs)
+        assert close(value.square_sum, inputs.square().sum(0)) and close(value.sum, inputs.sum(0))
+
+
+def test_norms_beside_the_hessian_are_its_diagonal() -> None:
+    model = build("llama")
+    for turn in BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False):
+        for value in turn.statistics.values():
+            assert value.hessian is not None and torch.equal(value.square_sum, value.hessian.diagonal())
+            assert value.sum.abs().max() > 0
+
+
+def test_inputs_alone_cost_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk_module, "Collector", None)
+    model = build("llama")
+    states: list[Tensor] = []
+    hook = model.model.layers[1].register_forward_pre_hook(lambda _, given: states.append(given[0]))
+    model(input_ids=tokens())
+    hook.remove()
+    for index, turn in enumerate(BlockWalk(model, tokens(), {}, progress=False, needs=("inputs",))):
+        assert not turn.statistics
+        if index == 1:
+            assert close(torch.cat(list(turn.inputs)), states[0].double())
+
+
+def test_drift_is_that_between_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(X_original - X)^T X, with the first block changed and the others dense when their turn comes."""
+    monkeypatch.setattr(walk_module, "CHUNK_TOKENS", 24)
+    model, twin = build("llama"), build("llama")
+    original = inputs_of(twin, tokens())
+    for parameter in twin.model.layers[0].parameters():
+        parameter.data.mul_(1.5)
+    changed = inputs_of(twin, tokens())
+    walk = BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False, needs=("hessian", "drift"))
+    for turn in walk:
+        for name, value in turn.statistics.items():
+            if turn.name == "model.layers.0":
+                assert value.drift is not None and not value.drift.any()
+                continue
+            before, now = original[name], changed[name]
+            assert value.hessian is not None and close(value.hessian, now.T @ now), name
+            assert value.drift is not None and close(value.drift, (before - now).T @ now), name
+        if turn.name == "model.layers.0":
+            for parameter in turn.block.parameters():
+                parameter.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gemma3_text"])
+def test_a_turn_runs_its_block_as_it_is(kind: str) -> None:
+    """With its mask and positions, with gradients, and with what was changed meanwhile."""
+    model = build(kind)
+    blocks = dict(decoder_layers(model))
+    outputs: dict[str, Tensor] = {}
+    for name, block in blocks.items():
+        block.register_forward_hook(
+            lambda _, __, out, name=name: outputs.__setitem__(name, out if isinstance(out, Tensor) else out[0])
+        )
+    model(input_ids=tokens())
+    want = {name: out.double() for name, out in outputs.items()}
+    for turn in BlockWalk(model, tokens(), {}, progress=False, needs=("inputs",)):
+        assert turn.block is blocks[turn.name] and not turn.inputs[0].requires_grad
+        out = turn.run(turn.inputs[0])
+        assert close(out, want[turn.name]) and out.requires_grad
+        parameter = [p for p in turn.block.parameters() if p.dim() == 2][-1]
+        assert torch.autograd.grad(out.sum(), parameter)[0].abs().max() > 0
+        kept = parameter.detach().clone()
+        parameter.data[0].mul_(9)
+        assert not close(turn.run(turn.inputs[0]), want[turn.name])
+        parameter.data.copy_(kept)
+
+
+def test_a_walk_without_calibration() -> None:
+    model = build("llama")
+    turns = list(BlockWalk(model, None, dict(linear_layers(model)), progress=False, needs=()))
+    assert [len(turn.layers) for turn in turns] == [7, 7, 7]
+    assert not any(turn.statistics or turn.inputs for turn in turns)
+
+
 def test_layers_with_one_input_share_one_hessian() -> None:
     model = build("llama")
-    for statistics in BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False):
-        by_kind = {name.rpartition(".")[2]: value for name, value in statistics.items()}
+    for turn in BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False):
+        by_kind = {name.rpartition(".")[2]: value for name, value in turn.statistics.items()}
         assert by_kind["q_proj"] is by_kind["k_proj"] is by_kind["v_proj"]
         assert by_kind["gate_proj"] is by_kind["up_proj"]
         assert len({id(value) for value in by_kind.values()}) == 4
@@ -108,8 +199,8 @@ def test_the_next_block_sees_the_outputs_of_the_changed_one() -> None:
         parameter.data.mul_(1.5)
     want = inputs_of(twin, calibration)
     layers = dict(linear_layers(model))
-    for index, statistics in enumerate(BlockWalk(model, calibration, layers, progress=False)):
-        for name, value in statistics.items():
+    for index, turn in enumerate(BlockWalk(model, calibration, layers, progress=False)):
+        for name, value in turn.statistics.items():
             inputs = (unchanged if index == 0 else want)[name]
             assert close(value.hessian, inputs.T @ inputs), name
             if index == 1:
@@ -128,16 +219,16 @@ def test_gradients_stay_on_between_the_blocks() -> None:
 def test_only_the_wanted_layers() -> None:
     model = build("llama")
     wanted = {name: layer for name, layer in linear_layers(model) if name == "model.layers.1.mlp.up_proj"}
-    statistics = list(BlockWalk(model, tokens(), wanted, progress=False))
-    assert [list(found) for found in statistics] == [[], ["model.layers.1.mlp.up_proj"], []]
+    turns = list(BlockWalk(model, tokens(), wanted, progress=False))
+    assert [list(turn.statistics) for turn in turns] == [[], ["model.layers.1.mlp.up_proj"], []]
 
 
 def test_a_layer_that_no_token_reaches() -> None:
     model = build("llama")
     block = model.model.layers[1]
     block.mlp.unused = nn.Linear(32, 8)
-    statistics = list(BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False))[1]
-    unused = statistics["model.layers.1.mlp.unused"]
+    turn = list(BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False))[1]
+    unused = turn.statistics["model.layers.1.mlp.unused"]
     assert unused.tokens == 0 and not unused.hessian.any() and "no calibration token" in unused.notes[0]
 
 
@@ -147,8 +238,8 @@ def test_a_layer_that_is_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in model.model.layers:
         block.mlp.up_proj = block.mlp.gate_proj
     found = {}
-    for statistics in BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False):
-        found |= statistics
+    for turn in BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False):
+        found |= turn.statistics
     want = inputs_of(model, tokens())
     assert len(found) == 18 and found["model.layers.0.mlp.gate_proj"].tokens == 2 * 72
     assert all(close(found[name].hessian, inputs.T @ inputs) for name, inputs in want.items())
@@ -156,9 +247,9 @@ def test_a_layer_that_is_called_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_block_alone() -> None:
     model = build_tiny_llama(num_hidden_layers=1)
-    (statistics,) = BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False)
+    (turn,) = BlockWalk(model, tokens(), dict(linear_layers(model)), progress=False)
     want = inputs_of(model, tokens())
-    assert all(close(statistics[name].hessian, inputs.T @ inputs) for name, inputs in want.items())
+    assert all(close(turn.statistics[name].hessian, inputs.T @ inputs) for name, inputs in want.items())
 
 
 def test_arguments_that_depend_on_the_text_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ BOUND = {2: 0.7, 3: 0.3, 4: 0.14, 8: 0.01}
 
 def settings_of(method: str) -> list[dict[str, Any]]:
     known = {name: values for name, values in TRIED.items() if name in QUANTIZERS[method].model_fields}
-    return [dict(zip(known, values, strict=True)) for values in itertools.product(*known.values())]
+    found = [dict(zip(known, values, strict=True)) for values in itertools.product(*known.values())]
+    # Without statistics the calibrated methods round to nearest: each value once will do.
+    return found[:: len(known) + 2] if QUANTIZERS[method].needs else found
 
 
 CASES = [
@@ -170,7 +172,8 @@ def test_what_check_refuses_and_what_it_allows(method):
 def test_a_model_is_saved_and_reloaded_to_the_same_logits(method, tmp_path):
     model = build_tiny_llama()
     calibration = torch.arange(128).view(4, 32)
-    quantize_model(model, QUANTIZERS.create(method), calibration, progress=False)
+    quick = {"iters": 3} if "iters" in QUANTIZERS[method].model_fields else {}
+    quantize_model(model, QUANTIZERS.create(method, **quick), calibration, progress=False)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         want = model(ids).logits

@@ -57,7 +57,9 @@ def test_all_layers_that_do_not_fit_are_named_before_any_is_changed():
     model = build_tiny_llama(hidden_size=72, intermediate_size=144)
     with pytest.raises(ModelError, match="72 inputs") as error:
         quantize_model(model, QUANTIZERS.create("rtn", group_size=64), progress=False)
-    assert len(error.value.problems) == 14
+    inner, wide = error.value.problems  # one for each reason
+    assert "k_proj and" in inner.where.replace(",", " and") and "9 more (12 layers)" in inner.where
+    assert wide.where == "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj" and "144 inputs" in wide.what
     assert quantize_model(model, QUANTIZERS.create("rtn", group_size=72), progress=False).bits_per_weight < 4.4
 
 

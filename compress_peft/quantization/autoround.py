@@ -1,0 +1,269 @@
+"""AutoRound: which way to round, and how far to cut each group, learned by signed gradient descent on block outputs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from compress_peft.data.blocks import CalibrationSettings
+from compress_peft.models.walk import BlockTurn
+from compress_peft.quantization.base import (
+    QUANTIZERS,
+    Bits,
+    GroupSize,
+    Prepared,
+    Quantizer,
+    affine_bits,
+    affine_problem,
+)
+from compress_peft.quantization.rtn import RTN
+from compress_peft.tensors import affine
+from compress_peft.weights import AffineWeight, CompressedWeight
+from compress_peft.weights.compressed import dtype_from_name
+
+PRESETS: dict[str, tuple[int, float]] = {"default": (200, 1 / 200), "light": (50, 5e-3)}
+"""(iters, lr), as the authors recommend."""
+
+
+@QUANTIZERS.register
+class AutoRound(Quantizer):
+    """Learned rounding: W = s (clamp(round(W / s + z + V)) - z), with V and the ranges trained per block (eq. 3 to 5).
+
+    V, one per weight in [-0.5, 0.5], and the factors alpha and beta in [0, 1] on each group's largest and smallest
+    weight go the way of the sign of their gradients, straight through the roundings. The loss is the mean squared
+    change of the block's output, for inputs from the quantized blocks before. (The authors' code compares with the
+    output for the inputs of the unchanged model.) The best of all steps is kept, where a step counts by its loss over
+    that of rounding to nearest on the same batch, so that an easy batch is not taken for a good step.
+    """
+
+    paper: ClassVar[str] = "AutoRound (SignRound), Cheng et al. 2023, arXiv 2309.05516"
+    needs: ClassVar[tuple[str, ...]] = ("inputs",)
+
+    method: Literal["autoround"] = "autoround"
+
+    bits: Bits = 4
+    """Bits of a code."""
+
+    group_size: GroupSize = 64
+    """Consecutive weights of a row that share a scale and a zero: a multiple of 8 that divides the layer's inputs.
+    null: the whole row (per channel)."""
+
+    symmetric: bool = False
+    """Fix the zero in the middle of the codes: 0.125 bits a weight less at groups of 64, and a larger error."""
+
+    preset: Literal["default", "light"] = "default"
+    """default: 200 steps a block; light: 50, in a quarter of the time."""
+
+    iters: int | None = Field(default=None, ge=0)
+    """Steps a block; null: those of the preset. 0 is round to nearest."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Size of the first step, from which it falls to 0; null: 1 / iters, and 0.005 in the light preset."""
+
+    batch_size: int = Field(default=8, gt=0)
+    """Calibration samples a step, rounded to the chunks in which the blocks are run (2048 tokens or one sample)."""
+
+    clip: bool = True
+    """Train the ranges too, not only the rounding."""
+
+    seed: int = 0
+    """Of the order of the samples."""
+
+    scale_dtype: Literal["float16", "float32"] = "float16"
+    """How scales are stored. Codes are chosen with the scales as they are stored."""
+
+    calibration: CalibrationSettings = CalibrationSettings()
+    """The calibration text; its length is the length of the sequences in the loss."""
+
+    @property
+    def schedule(self) -> tuple[int, float]:
+        """(iters, lr)"""
+        iters, lr = PRESETS[self.preset]
+        if self.iters is not None:
+            iters, lr = self.iters, 1 / max(self.iters, 1)
+        return iters, self.lr or lr
+
+    def prepare_block(self, turn: BlockTurn, shared: Container[str]) -> Prepared:
+        """All layers of the block at once."""
+        layers = {name: layer for name, layer in turn.layers.items() if not isinstance(layer.weight, CompressedWeight)}
+        if not layers:
+            return Prepared()
+        rounding = {name: Rounding.start(layer.weight, self) for name, layer in layers.items()}
+        gain = self.train(turn, rounding)
+        note = (turn.name, f"error of the block's output: {gain:.3f} times that of rounding to nearest")
+        return Prepared({name: found.weight() for name, found in rounding.items()}, (note,))
+
+    def train(self, turn: BlockTurn, rounding: dict[str, Rounding]) -> float:
+        """Leave the best values in rounding; returns their loss over that of rounding to nearest, all samples."""
+        block = _Block(turn)
+        inputs = turn.inputs
+        with torch.no_grad():
+            wanted = [turn.run(states) for states in inputs]
+            plain = block.losses(rounding, inputs, wanted)
+        iters, lr = self.schedule
+        tuned = [tensor for found in rounding.values() for tensor in found.tuned(self.clip)]
+        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(turn.name.encode()))
+        size = min(max(self.batch_size // len(inputs[0]), 1), len(inputs))
+        best, least = [tensor.clone() for tensor in tuned], 1.0
+        for step in range(iters):
+            batch = torch.randperm(len(inputs), generator=generator)[:size].tolist()
+            expected = sum(plain[index] for index in batch)
+            if not expected:
+                break
+            loss, gradients = block.gradients(rounding, tuned, [(inputs[index], wanted[index]) for index in batch])
+            if loss / expected < least:
+                least, best = loss / expected, [tensor.clone() for tensor in tuned]
+            for tensor, gradient in zip(tuned, gradients, strict=True):
+                tensor.sub_(gradient.sign_(), alpha=lr * (1 - step / iters))
+            for found in rounding.values():
+                found.clamp()
+        for tensor, value in zip(tuned, best, strict=True):
+            tensor.copy_(value)
+        total = sum(plain)
+        with torch.no_grad():
+            return sum(block.losses(rounding, inputs, wanted)) / total if total else 1.0
+
+    def quantize(self, weight: Tensor, stats: Any = None) -> AffineWeight:
+        """A weight on its own, with no inputs to look at: rounding to nearest."""
+        settings = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric", "scale_dtype")}
+        return RTN(**settings).quantize(weight)
+
+    def estimate_bits(self, shape: tuple[int, int]) -> float:
+        return affine_bits(shape, self.bits, self.group_size, self.symmetric, dtype_from_name(self.scale_dtype))
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        return affine_problem(shape, self.group_size)
+
+
+@dataclass
+class Rounding:
+    """What is learned of one layer. At the start it is rounding to nearest, bit for bit."""
+
+    dense: Tensor
+    """(out, in), as it is in the model."""
+    settings: AutoRound
+    offset: Tensor
+    """V, float32 (out, in)"""
+    high: Tensor
+    """alpha, float32 (out, groups, 1)"""
+    low: Tensor
+    """beta, the same"""
+
+    @classmethod
+    def start(cls, weight: Tensor, settings: AutoRound) -> Rounding:
+        rows, columns = weight.shape
+        ones = torch.ones(rows, affine.group_count(columns, settings.group_size), 1, device=weight.device)
+        offset = torch.zeros(weight.shape, device=weight.device)
+        return cls(weight.detach(), settings, offset, ones, ones.clone())
+
+    def tuned(self, clip: bool) -> list[Tensor]:
+        return [self.offset, self.high, self.low] if clip else [self.offset]
+
+    def clamp(self) -> None:
+        self.offset.clamp_(-0.5, 0.5)
+        self.high.clamp_(0, 1)
+        self.low.clamp_(0, 1)
+
+    def grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(codes, scales, zeros), float32 (out, groups, group) and twice (out, groups, 1); gradients pass roundings."""
+        settings = self.settings
+        top = 2**settings.bits - 1
+        groups = self.dense.float().view(*self.high.shape[:2], -1)
+        low, high = groups.aminmax(dim=2, keepdim=True)
+        low, high = low.clamp(max=0) * self.low, high.clamp(min=0) * self.high
+        if settings.symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        scales = high / top - low / top
+        stored = affine.round_scales(scales.detach(), dtype_from_name(settings.scale_dtype))
+        scales = _straight(scales, stored)
+        zeros = -low / scales
+        if settings.symmetric:
+            zeros = torch.full_like(scales, affine.symmetric_zero(settings.bits))
+        else:
+            zeros = _straight(zeros, zeros.detach().round()).clamp(0, top)
+        codes = groups / scales + zeros + self.offset.view_as(groups)
+        return _straight(codes, codes.detach().round()).clamp(0, top), scales, zeros
+
+    def rounded(self) -> Tensor:
+        """The weight that the codes stand for, (out, in), in the dtype of the dense one."""
+        codes, scales, zeros = self.grid()
+        return ((codes - zeros) * scales).view(self.dense.shape).to(self.dense.dtype)
+
+    @torch.no_grad()
+    def weight(self) -> AffineWeight:
+        settings = self.settings
+        codes, scales, zeros = self.grid()
+        return AffineWeight.from_codes(
+            codes.to(torch.uint8).view(self.dense.shape),
+            scales[..., 0],
+            None if settings.symmetric else zeros[..., 0].to(torch.uint8),
+            settings.bits,
+            settings.group_size,
+            self.dense.dtype,
+            dtype_from_name(settings.scale_dtype),
+        )
+
+
+def _straight(value: Tensor, rounded: Tensor) -> Tensor:
+    """rounded, with the gradient of value. Exactly rounded: adding a difference would round once more."""
+    return _Straight.apply(value, rounded)
+
+
+class _Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _Block(nn.Module):
+    """The block of a turn, run with other weights."""
+
+    def __init__(self, turn: BlockTurn):
+        super().__init__()
+        self.block = turn.block
+        self.run = turn.run
+        self.prefix = len(turn.name)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.run(states)
+
+    def loss(self, rounding: dict[str, Rounding], states: Tensor, wanted: Tensor) -> Tensor:
+        weights = {f"block{name[self.prefix :]}.weight": found.rounded() for name, found in rounding.items()}
+        output = functional_call(self, weights, (states,))
+        return nn.functional.mse_loss(output.float(), wanted.float())
+
+    def losses(self, rounding: dict[str, Rounding], inputs: Sequence[Tensor], wanted: list[Tensor]) -> list[float]:
+        """By chunk."""
+        return [float(self.loss(rounding, *pair)) for pair in zip(inputs, wanted, strict=True)]
+
+    def gradients(
+        self, rounding: dict[str, Rounding], tuned: list[Tensor], batch: list[tuple[Tensor, Tensor]]
+    ) -> tuple[float, list[Tensor]]:
+        """The summed loss over the chunks, and its gradients."""
+        sums = [torch.zeros_like(tensor) for tensor in tuned]
+        loss = 0.0
+        for tensor in tuned:
+            tensor.requires_grad_(True)
+        try:
+            for states, wanted in batch:
+                with torch.enable_grad():
+                    part = self.loss(rounding, states, wanted)
+                for total, gradient in zip(sums, torch.autograd.grad(part, tuned), strict=True):
+                    total += gradient
+                loss += part.item()
+        finally:
+            for tensor in tuned:
+                tensor.requires_grad_(False)
+        return loss, sums

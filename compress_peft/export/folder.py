@@ -22,6 +22,7 @@ class Folder(Exporter):
 
     format: Literal["folder"] = "folder"
     tolerance: ClassVar[float] = 0.0
+    holds_adapters: ClassVar[bool] = True
 
     def export(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
         save_folder(model, folder, tokenizer)

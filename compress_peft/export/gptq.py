@@ -1,0 +1,30 @@
+"""GPTQ folders (gptqmodel, transformers, vLLM), from any affine grid with integer zeros."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from compress_peft.export.base import EXPORTERS
+from compress_peft.export.hf_folder import HFFolder
+from compress_peft.models.foreign import ForeignFormat, GPTQFormat, has_zero_zero
+from compress_peft.weights import AffineWeight
+
+
+@EXPORTERS.register
+class GPTQFolder(HFFolder):
+    """GPTQ format: 2, 3, 4 or 8 bits, integer zeros, float16 scales; whatever algorithm chose the codes."""
+
+    paper: ClassVar[str] = "format: AutoGPTQ; algorithm: Frantar et al. 2022, arXiv 2210.17323"
+
+    format: Literal["gptq"] = "gptq"
+
+    version: Literal["auto", 1, 2] = "auto"
+    """Of the format. 1 is known everywhere but cannot hold the zero 0; auto: 1 where possible, else 2."""
+
+    def form(self, model: nn.Module | None = None) -> ForeignFormat:
+        if self.version != "auto" or model is None:
+            return GPTQFormat(1 if self.version == "auto" else self.version)
+        parameters = [p for p in model.parameters() if isinstance(p, AffineWeight)]
+        return GPTQFormat(2 if any(map(has_zero_zero, parameters)) else 1)

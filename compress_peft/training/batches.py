@@ -42,12 +42,14 @@ class Batch:
 
 
 def encode_all(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, eos: bool
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example | TokenPair], max_length: int, eos: bool
 ) -> list[TokenPair]:
-    """Token ids of prompt and response of every example."""
+    """Token ids of prompt and response of every example; those that are token ids already stay as they are."""
     return [
-        encode_example(tokenizer, example.prompt, example.response, max_length=max_length, eos=eos)
-        for example in examples
+        encode_example(tokenizer, item.prompt, item.response, max_length=max_length, eos=eos)
+        if isinstance(item, Example)
+        else item
+        for item in examples
     ]
 
 

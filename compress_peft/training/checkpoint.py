@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,16 +41,25 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def training_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters and the buffers of the adapter, by name."""
+    found: dict[str, Tensor] = dict(trainable(model))
+    if isinstance(model, PeftModel):
+        prefix = model.base_model.prefix
+        found |= {name: buffer for name, buffer in model.named_buffers() if f".{prefix}" in name}
+    return found
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trainable parameters, on the CPU."""
-    return {name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in trainable(model).items()}
+    """Copies of the training state, on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in training_state(model).items()}
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put a snapshot back into the model."""
     with torch.no_grad():
-        for name, parameter in trainable(model).items():
-            parameter.copy_(tensors[name])
+        for name, tensor in training_state(model).items():
+            tensor.copy_(tensors[name])
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -114,7 +124,8 @@ def load_checkpoint(
     except Exception as error:  # safetensors and json have no common exception
         fix = "delete it to go on from the one before, or all of them to train again"
         raise CorruptFile(Problem(str(newest), f"the checkpoint cannot be read: {error}", fix)) from error
-    if set(tensors) != set(trainable(model)):
+    here = {name: tensor.shape for name, tensor in training_state(model).items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != here:
         raise CorruptFile(Problem(str(newest), "belongs to another adapter", "delete the folder to train again"))
     restore(model, tensors)
     _restore_optimizer(model, optimizer, moments)

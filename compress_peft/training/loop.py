@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from compress_peft.data.examples import Example
 from compress_peft.errors import MissingRequirement, ModelError, Problem
 from compress_peft.training.batches import Batch, TokenPair, batches, encode_all
 from compress_peft.training.checkpoint import Progress, load_checkpoint, restore, save_checkpoint, snapshot, trainable
+from compress_peft.training.hooks import Loss, PreparationBatches, TrainingHooks, set_learning_rate
 from compress_peft.training.losses import language_modelling_loss
 from compress_peft.training.settings import TrainingSettings
-
-Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,19 @@ class TrainingResult:
 def train(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    training: Sequence[Example],
-    validation: Sequence[Example],
+    training: Sequence[Example | TokenPair],
+    validation: Sequence[Example | TokenPair],
     settings: TrainingSettings,
     *,
     max_length: int,
     seed: int,
     checkpoints: Path,
     loss: Loss = language_modelling_loss,
+    adapter: Any = None,
 ) -> TrainingResult:
     """Train the parameters that require gradients, in place, and keep those of the best validation loss.
+
+    adapter: the method that is trained, where it takes part in training (see hooks.py).
 
     Continues from the newest checkpoint under `checkpoints`, to the same result as without interruption.
 
@@ -65,7 +67,11 @@ def train(
     pairs = encode_all(tokenizer, training, max_length, settings.eos)
     held_out = encode_all(tokenizer, validation, max_length, settings.eos)
     total = _total_steps(len(pairs), settings)
-    optimizer: Any = torch.optim.AdamW(
+    hooks: Any = adapter if adapter is not None else TrainingHooks()
+    torch.manual_seed(seed)
+    start = PreparationBatches(pairs, tokenizer, settings.batch_size, seed, loss, _device(model))
+    hooks.prepare_training(model, start, total)
+    optimizer: Any = hooks.make_optimizer(trainable(model), settings) or torch.optim.AdamW(
         trainable(model).values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     schedule: Any = get_scheduler(
@@ -83,8 +89,10 @@ def train(
     bar = tqdm(total=total, initial=progress.step, desc="training", unit="step")
     while progress.step < total and progress.evaluations_without_gain < patience:
         group = _group(pairs, tokenizer, settings, seed, progress.step)
-        value = _step(accelerator, model, optimizer, group, loss, settings.max_grad_norm)
-        rate = schedule.get_last_lr()[0]
+        place = (progress.step + 1, total)
+        set_learning_rate(optimizer.optimizer, schedule, hooks.learning_rate_factor(*place))
+        rate = optimizer.optimizer.param_groups[0]["lr"]
+        value = _step(accelerator, model, optimizer, group, loss, settings.max_grad_norm, hooks, place)
         schedule.step()
         progress.step += 1
         progress.losses.append({"step": progress.step, "loss": value, "learning_rate": rate})
@@ -92,12 +100,14 @@ def train(
         bar.update()
         last = progress.step == total
         if progress.step % settings.eval_steps == 0 or last:
-            best = _evaluate(accelerator, model, tokenizer, held_out, settings, loss, progress, best)
+            counts = progress.step >= min(hooks.best_from(total), total)
+            best = _evaluate(model, tokenizer, held_out, settings, loss, progress, best, counts)
         if progress.step % (settings.checkpoint_steps or settings.eval_steps) == 0 or last:
             progress.seconds = time.monotonic() - started
             save_checkpoint(checkpoints, model, optimizer.optimizer, schedule, progress, best)
     bar.close()
     restore(model, best)
+    hooks.finish_training(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     model.eval()
@@ -150,31 +160,44 @@ def _group(
 
 
 def _step(
-    accelerator: Accelerator, model: nn.Module, optimizer: Any, group: list[Batch], loss: Loss, max_grad_norm: float
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    group: list[Batch],
+    loss: Loss,
+    max_grad_norm: float,
+    hooks: Any,
+    place: tuple[int, int],
 ) -> float:
-    """One optimizer step over the group; returns the mean loss a token.
+    """One optimizer step over the group; returns the mean loss a token. place: this step and the number of all.
 
     Every token of the group has the same weight, however the tokens fall into batches.
     """
     model.train()
+    hooks.before_step(model, *place)
     count = sum(batch.target_count for batch in group)
     total = 0.0
     for batch in group:
-        value = loss(model, batch.to(accelerator.device)) / count
+        value = hooks.training_loss(model, batch.to(accelerator.device), loss) / count
         accelerator.backward(value)
         total += value.item()
     if not math.isfinite(total):
         fix = "lower training.learning_rate, or check the data and the backbone for infinities"
         raise ModelError(Problem("finetune", f"the training loss became {total}", fix))
+    penalty = hooks.training_penalty(model, *place)
+    if penalty is not None:
+        accelerator.backward(penalty)
+    hooks.after_backward(model, *place)
     if max_grad_norm:
         accelerator.clip_grad_norm_(trainable(model).values(), max_grad_norm)
     optimizer.step()
+    hooks.after_step(model, *place)
+    hooks.change_optimizer(optimizer.optimizer, *place)
     optimizer.zero_grad()
     return total
 
 
 def _evaluate(
-    accelerator: Accelerator,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Sequence[TokenPair],
@@ -182,10 +205,16 @@ def _evaluate(
     loss: Loss,
     progress: Progress,
     best: dict[str, Tensor],
+    counts: bool,
 ) -> dict[str, Tensor]:
-    """Validate, note the result in `progress`, and return the best weights so far."""
+    """Validate, note the result in `progress`, and return the best weights so far. counts: whether it can be best."""
     value = validation_loss(model, tokenizer, held_out, settings.batch_size * 2, loss)
+    if not math.isfinite(value):
+        fix = "lower training.learning_rate, or check the data and the backbone for infinities"
+        raise ModelError(Problem("finetune", f"the validation loss became {value}", fix))
     progress.validations.append({"step": progress.step, "loss": value})
+    if not counts:
+        return best
     if progress.best_loss is None or value < progress.best_loss:
         progress.best_loss, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
         return snapshot(model)

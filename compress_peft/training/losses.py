@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -9,21 +11,27 @@ from compress_peft.models.prompts import prompt_kwargs
 from compress_peft.training.batches import IGNORED, Batch
 
 
-def response_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (batch, response, vocabulary) that predict `batch.targets`.
+def response_output(model: nn.Module, batch: Batch, output_hidden_states: bool = False) -> Any:
+    """What transformers returns; the logits stand for the last `batch.targets.shape[1] + 1` positions.
 
     Only these positions go through the vocabulary projection; for prompt positions it would be waste.
     """
-    keep = batch.targets.shape[1] + 1
-    output = model(
+    wanted = {"output_hidden_states": True} if output_hidden_states else {}
+    return model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
-        logits_to_keep=keep,
+        logits_to_keep=batch.targets.shape[1] + 1,
         use_cache=False,
+        **wanted,
         **prompt_kwargs(model, batch.prompt_end),
     )
-    return output.logits[:, -keep:-1]
+
+
+def response_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (batch, response, vocabulary) that predict `batch.targets`."""
+    logits: Tensor = response_output(model, batch).logits
+    return logits[:, -batch.targets.shape[1] - 1 : -1]
 
 
 def language_modelling_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -35,7 +35,7 @@ class Finetune(Step):
 
     def check_against(self, earlier: list[Step], where: str) -> list[Problem]:
         reason = self.adapter.needs_dense()
-        if reason and any("quantized" in step.adds for step in earlier):
+        if reason and any("quantized" in step.states_added() for step in earlier):
             fix = "use another adapter, or leave out the quantize step"
             return [Problem(f"{where}.adapter", f"{reason}, and the backbone is quantized before", fix)]
         return []
@@ -60,6 +60,7 @@ class Finetune(Step):
             max_length=state.data_settings().max_length,
             seed=state.recipe.seed,
             checkpoints=folder / "checkpoints",
+            adapter=self.adapter,
         )
         state.replace_model(model)
         target = folder / "adapter"
@@ -67,6 +68,7 @@ class Finetune(Step):
         shutil.rmtree(folder / "checkpoints")  # everything needed from here on is in the adapter
         facts = {
             "trainable_parameters": counts,
+            "changed_parameters": self.adapter.changed_parameters(model),
             "steps_done": result.progress.step,
             "steps_planned": result.total_steps,
             "stopped_early": result.stopped_early,

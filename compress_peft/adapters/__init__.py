@@ -1,41 +1,97 @@
 """Adapters; importing this package registers all of them, and our own tuners with Hugging Face peft."""
 
+from compress_peft.adapters.adalora import AdaLora
+from compress_peft.adapters.adamix import AdaMix
+from compress_peft.adapters.alphatuning import AlphaTuning
 from compress_peft.adapters.base import ADAPTERS, Adapter, ParameterCount, trainable_parameters
 from compress_peft.adapters.bitfit import BitFit
 from compress_peft.adapters.boft import BOFT
-from compress_peft.adapters.bottleneck import Compacter, Houlsby, Parallel, Pfeiffer
+from compress_peft.adapters.bottleneck import Houlsby, Parallel, Pfeiffer
+from compress_peft.adapters.compacter import Compacter, CompacterPlusPlus, PHMAdapter
+from compress_peft.adapters.diff_pruning import DiffPruning
+from compress_peft.adapters.diffit import DiffFit
+from compress_peft.adapters.dylora import DyLora
+from compress_peft.adapters.far import FAR
+from compress_peft.adapters.fishmask import FishMask
 from compress_peft.adapters.fourierft import FourierFT
+from compress_peft.adapters.galore import GaLore
 from compress_peft.adapters.generic import Peft
+from compress_peft.adapters.glora import GLora
 from compress_peft.adapters.ia3 import IA3
+from compress_peft.adapters.ir_lora import IRLora
+from compress_peft.adapters.krona import KronA, KronAB
+from compress_peft.adapters.ladder import LadderSideTuning
+from compress_peft.adapters.layerwise import Layers
 from compress_peft.adapters.ln_tuning import LNTuning
 from compress_peft.adapters.loha import LoHa
 from compress_peft.adapters.lokr import LoKr
 from compress_peft.adapters.lora import Lora
+from compress_peft.adapters.lt_sft import LTSFT
+from compress_peft.adapters.mam import MAM
+from compress_peft.adapters.merge_aware import MergeAwareLora
 from compress_peft.adapters.oft import OFT
 from compress_peft.adapters.para import Para
+from compress_peft.adapters.prefix_tuning import LlamaAdapter, PrefixTuning
+from compress_peft.adapters.qa_lora import QALora
 from compress_peft.adapters.randlora import RandLora
+from compress_peft.adapters.relora import ReLora
+from compress_peft.adapters.s4 import S4
+from compress_peft.adapters.said import SAID
+from compress_peft.adapters.sparse_adapter import SparseAdapter
+from compress_peft.adapters.unipelt import UniPELT
 from compress_peft.adapters.vera import Vera
+from compress_peft.adapters.whole import Full, TopLayers
 
 __all__ = [
     "ADAPTERS",
     "BOFT",
+    "FAR",
     "IA3",
+    "LTSFT",
+    "MAM",
     "OFT",
+    "S4",
+    "SAID",
+    "AdaLora",
+    "AdaMix",
     "Adapter",
+    "AlphaTuning",
     "BitFit",
     "Compacter",
+    "CompacterPlusPlus",
+    "DiffFit",
+    "DiffPruning",
+    "DyLora",
+    "FishMask",
     "FourierFT",
+    "Full",
+    "GLora",
+    "GaLore",
     "Houlsby",
+    "IRLora",
+    "KronA",
+    "KronAB",
     "LNTuning",
+    "LadderSideTuning",
+    "Layers",
+    "LlamaAdapter",
     "LoHa",
     "LoKr",
     "Lora",
+    "MergeAwareLora",
+    "PHMAdapter",
     "Para",
     "Parallel",
     "ParameterCount",
     "Peft",
     "Pfeiffer",
+    "PrefixTuning",
+    "QALora",
     "RandLora",
+    "ReLora",
+    "SparseAdapter",
+    "TopLayers",
+    "UniPELT",
     "Vera",
     "trainable_parameters",
 ]

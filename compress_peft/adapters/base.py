@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import AliasChoices, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
-from torch import nn
+from torch import Tensor, nn
 
 from compress_peft.adapters.targets import target_layers
 from compress_peft.errors import ConfigError, ModelError, Problem, UserError
@@ -108,6 +109,51 @@ class Adapter(Method):
         except ValueError as error:
             problem = Problem(f"adapter ({self.method})", f"peft refuses: {error}", "change the adapter's settings")
             raise ConfigError(problem) from error
+
+    # What the training loop calls, in this order: see compress_peft/training/hooks.py. A method is stateless: what it
+    # must remember lives in parameters of the adapter or in buffers of its layers, which checkpoints hold.
+
+    def prepare_training(self, model: Any, batches: Any, total_steps: int) -> None:
+        """Before the optimizer is made. batches: of the training split. Does the same again when training resumes."""
+
+    def make_optimizer(self, parameters: dict[str, nn.Parameter], settings: Any) -> torch.optim.Optimizer | None:
+        """The optimizer of the trainable parameters, by name; None: AdamW. settings: those of training."""
+        return None
+
+    def before_step(self, model: Any, step: int, total_steps: int) -> None:
+        """Before the forward passes of a step; steps count from 1."""
+
+    def training_loss(self, model: Any, batch: Any, loss: Any) -> Tensor:
+        """Loss of a batch in training, summed over its targets. loss: the recipe's."""
+        return loss(model, batch)
+
+    def training_penalty(self, model: Any, step: int, total_steps: int) -> Tensor | None:
+        """A scalar that is added to the loss (nats a token), once a step."""
+        return None
+
+    def after_backward(self, model: Any, step: int, total_steps: int) -> None:
+        """The gradients are complete and not clipped yet."""
+
+    def after_step(self, model: Any, step: int, total_steps: int) -> None:
+        """The optimizer has stepped; the gradients are still there."""
+
+    def change_optimizer(self, optimizer: torch.optim.Optimizer, step: int, total_steps: int) -> None:
+        """After `after_step`: may change the optimizer's state."""
+
+    def learning_rate_factor(self, step: int, total_steps: int) -> float:
+        """Multiplies the scheduled learning rate of a step."""
+        return 1.0
+
+    def best_from(self, total_steps: int) -> int:
+        """The first step whose validation may be the best one: not before the adapter has its final form."""
+        return 0
+
+    def finish_training(self, model: Any) -> None:
+        """The model has the best weights; what training needed beside them can go."""
+
+    def changed_parameters(self, model: nn.Module) -> int:
+        """After training: how many numbers of the model are other than before, or were added to it."""
+        return trainable_parameters(model).trainable
 
     def parameter_counts(self, model: nn.Module) -> dict[str, int]:
         """What the report says of the adapted model: see `ParameterCount`."""

@@ -45,9 +45,22 @@ class BitFitLayer(WrapLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bias is the last thing that the module adds, so its change is added to the output (..., out)."""
         y = self.base_layer(x, *args, **kwargs)
-        for name in self.running():
+        for name in [] if self.merged else self.running():
             y = (y + self.bitfit_bias[name]).to(y.dtype)
         return y
+
+    def cannot_merge(self) -> str:
+        known = self.base_layer.bias is not None
+        return "" if known else "the architecture has no bias here, and a file no place for one"
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Into a new bias; a layer without one cannot be merged (`cannot_merge`)."""
+        if reason := self.cannot_merge():
+            raise ModelError(Problem(self.key, reason, 'use the merge policy "bundle", which is exact'))
+        old = self.base_layer.bias
+        changes = [self.bitfit_bias[name].detach() for name in self.running()]
+        self.base_layer.bias = nn.Parameter((old.detach().float() + sum(changes)).to(old.dtype), requires_grad=False)
+        self.merged_adapters = self.running()
 
 
 class BitFitModel(WrapTuner):

@@ -16,9 +16,8 @@ from compress_peft.errors import ConfigError, Problem, did_you_mean
 
 PROMPTS = "it adds virtual tokens to the text, which the evaluation of candidates with a shared cache does not know of"
 REFUSED = {
-    **dict.fromkeys(("prompt_tuning", "p_tuning", "prefix_tuning", "multitask_prompt_tuning", "cpt"), PROMPTS),
+    **dict.fromkeys(("prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt"), PROMPTS),
     "cartridge": PROMPTS,
-    "adalora": "its ranks are allocated by a call after each optimizer step, which the training loop does not make",
     "adaption_prompt": "its wrappers hide the backbone's layers, so that backbone and adapter cannot be saved apart",
     "xlora": "it mixes LoRA adapters that were trained before, and a recipe has none",
     "poly": "it needs a task number with every batch",
@@ -30,7 +29,7 @@ REFUSED = {
 
 READS = "it reads or changes the dense weight"
 NEEDS_DENSE = {
-    **dict.fromkeys(("adamss", "deft", "delora", "frod", "glora", "hira", "hra", "osf", "peanut", "psoft"), READS),
+    **dict.fromkeys(("adamss", "deft", "delora", "frod", "hira", "hra", "osf", "peanut", "psoft"), READS),
     **dict.fromkeys(("shira", "supertuning", "tinylora"), READS),
     **dict.fromkeys(("c3a", "gralora"), "it adds to a layer's output in place, which a compressed layer cannot take"),
 }

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from peft import LoraConfig
-from pydantic import AliasChoices, Field
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from pydantic import AliasChoices, Field, PositiveInt, model_validator
 from torch import nn
 
 from compress_peft.adapters.base import ADAPTERS, Adapter
+from compress_peft.adapters.composite import composite_config
+from compress_peft.adapters.lora_init import ANCHORED, start_from_inputs, start_from_rest, start_from_weights
+from compress_peft.adapters.sparse_parts import linear_parts
 from compress_peft.adapters.targets import target_layers
 
 
 @ADAPTERS.register
 class Lora(Adapter):
-    """LoRA: W x + (alpha / r) B A x, with A (r, in) and B (out, r) trained."""
+    """LoRA: W x + (alpha / r) B A x, with A (r, in) and B (out, r) trained: r (in + out) numbers a layer.
+
+    `init: pissa` and `olora` start B A at a part of W, and take that part away again, beside the weight and not in it:
+    the model starts unchanged, the backbone stays, and the saved adapter is twice as large. On a compressed backbone
+    they are refused: the papers compress what is left of the weight without that part, and it is compressed already.
+    `init: loftq` approximates the difference between the original weight and the quantized one (LoftQ with T = 1: more
+    rounds would quantize the backbone again, which is done by then); the model does not start unchanged, but nearer to
+    the original. `init: eva` (without its redistribution of ranks) looks at a few training batches before training.
+    """
 
     paper: ClassVar[str] = (
         "Hu et al. 2021, LoRA, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; DoRA: Liu et al. 2024, "
-        "arXiv 2402.09353"
+        "arXiv 2402.09353; LoRA+: Hayou et al. 2024, arXiv 2402.12354; PiSSA: Meng et al. 2024, arXiv 2404.02948; "
+        "OLoRA: Büyükakyüz 2024, arXiv 2406.01775; EVA: Paischer et al. 2024, arXiv 2410.07170; "
+        "LoftQ: Li et al. 2023, arXiv 2310.08659"
     )
     merge_policies: ClassVar[tuple[str, ...]] = ("bundle", "dense")
 
@@ -35,20 +49,69 @@ class Lora(Adapter):
     """Scale by the square root of the rank."""
     use_dora: bool = False
     """DoRA: train each row's length apart from its direction. Needs the dense weight."""
-    init: Literal["default", "gaussian", "orthogonal"] = "default"
-    """How A starts; B starts at zero. (orthogonal: the rows of A and the columns of B are, and B A is zero.)"""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"] = "default"
+    """How A starts; B starts at zero. orthogonal: the rows of A and the columns of B are, and B A is zero. pissa: both
+    at the largest singular values of W. olora: both at the QR decomposition of W. eva: A at the main directions of the
+    layer's inputs. loftq: both at what quantization took from the weight."""
+    original: str | None = None
+    """For `init: loftq`: folder of the model before it was quantized (safetensors)."""
+    eva_batches: PositiveInt = 16
+    """Training batches that `init: eva` looks at."""
+    lr_ratio: float = Field(default=1.0, gt=0)
+    """LoRA+: the learning rate of B over that of A, whose is training.learning_rate. The paper: 16."""
+
+    @model_validator(mode="after")
+    def _starts_fit(self) -> Lora:
+        given = [name for name in ("use_dora", "lora_dropout") if getattr(self, name)]
+        if self.init in ANCHORED and given:
+            raise ValueError(f"init {self.init} does not go with {' and '.join(given)}: leave them out")
+        if (self.init == "loftq") != (self.original is not None):
+            raise ValueError("init: loftq and original (folder of the model before quantization) go together")
+        return self
 
     def needs_dense(self) -> str:
+        if self.init in ANCHORED:
+            return f"{self.init} starts from the dense weight and compresses what is left of it"
         return "DoRA takes the norm of the dense weight's rows in every step" if self.use_dora else ""
 
-    def peft_config(self, model: nn.Module) -> LoraConfig:
+    def peft_config(self, model: nn.Module) -> PeftConfig:
+        targets = target_layers(model, self.target_modules)
+        if self.init in ANCHORED:
+            scale = self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+            parts = linear_parts(model, targets, "anchored_low_rank", r=self.r, scale=scale)
+            for part in parts:
+                part["r"] = min(self.r, part["outputs"], part["inputs"])
+            return composite_config(self.method, parts)
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=target_layers(model, self.target_modules),
+            target_modules=targets,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            init_lora_weights=True if self.init == "default" else self.init,
+            init_lora_weights=True if self.init in ("default", "eva", "loftq") else self.init,
         )
+
+    def attach(self, model: nn.Module | PeftModel, adapter_name: str = "default") -> PeftModel:
+        adapted = super().attach(model, adapter_name)
+        if self.init in ANCHORED:
+            start_from_weights(adapted, adapter_name, self.init)
+        if self.original is not None:
+            start_from_rest(adapted, adapter_name, self.original)
+        return adapted
+
+    def prepare_training(self, model: Any, batches: Any, total_steps: int) -> None:
+        if self.init == "eva":
+            start_from_inputs(model, batches, self.eva_batches)
+
+    def make_optimizer(self, parameters: dict[str, nn.Parameter], settings: Any) -> torch.optim.Optimizer | None:
+        if self.lr_ratio == 1.0:
+            return None
+        second = {name for name in parameters if ".lora_B." in name or name.endswith(".b")}
+        rates = {False: settings.learning_rate, True: settings.learning_rate * self.lr_ratio}
+        groups = [
+            {"params": [p for name, p in parameters.items() if (name in second) is is_b], "lr": rate}
+            for is_b, rate in rates.items()
+        ]
+        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)

@@ -43,6 +43,8 @@ class WrapLayer(nn.Module, BaseTunerLayer):
 
     base_layer: Any
     adapter_layer_names: tuple[str, ...] = ()
+    key: str = ""
+    """Full name of the module in the backbone."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
@@ -91,6 +93,7 @@ class WrapTuner(BaseTuner):
         layer: Any = target
         if not isinstance(layer, WrapLayer):
             layer = self.tuner_layer_cls(target)
+            layer.key = current_key
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, peft_config, self)

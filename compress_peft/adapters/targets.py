@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from compress_peft.errors import ConfigError, ModelError, Problem, did_you_mean
 from compress_peft.models.layers import decoder_layers, linear_layers
@@ -53,14 +55,39 @@ def check_inputs(model: nn.Module, targets: str | Targets, key: str, size: int) 
         raise ConfigError(Problem(key, what, "choose a divisor, or other target_modules"))
 
 
+def widths(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer, which in GPT-2 is a Conv1D with a weight (inputs, outputs)."""
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+
+
 @dataclass(frozen=True)
 class Sublayers:
-    """Names in one block. attention_end, mlp_end: the linear layers that end the sublayers. mlp: the module, or ""."""
+    """Names of linear layers in one block, whose own name is `block`.
 
+    attention_end, mlp_end: the last ones. attention_inputs, mlp_inputs: the others. hidden_size: d.
+    """
+
+    block: str
     attention_end: str
     mlp_end: str
-    mlp: str
+    attention_inputs: tuple[str, ...]
+    mlp_inputs: tuple[str, ...]
     hidden_size: int
+
+    @property
+    def mlp_start(self) -> str:
+        """The MLP's first linear layer, whose input is the MLP's."""
+        return (*self.mlp_inputs, self.mlp_end)[0]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.attention_inputs, self.attention_end, *self.mlp_inputs, self.mlp_end)
+
+    def inputs_like(self, *initials: str) -> list[str]:
+        """Of the attention's inputs, those whose names start so ("q", "v"); a fused one is like all of them."""
+        if len(self.attention_inputs) == 1:
+            return list(self.attention_inputs)
+        return [name for name in self.attention_inputs if name.rpartition(".")[2].startswith(initials)]
 
 
 def sublayers(model: nn.Module) -> list[Sublayers]:
@@ -71,12 +98,12 @@ def sublayers(model: nn.Module) -> list[Sublayers]:
     """
     found, problems = [], []
     for root, block in decoder_layers(model):
-        groups: dict[str, list[tuple[str, nn.Linear]]] = {}
+        groups: dict[str, list[tuple[str, nn.Module]]] = {}
         for child, module in block.named_children():
             inside = module.named_modules(prefix=f"{root}.{child}")
-            linears = [(name, linear) for name, linear in inside if isinstance(linear, nn.Linear)]
+            linears = [(name, linear) for name, linear in inside if isinstance(linear, nn.Linear | Conv1D)]
             if linears:
-                groups.setdefault("" if isinstance(module, nn.Linear) else child, []).extend(linears)
+                groups.setdefault("" if isinstance(module, nn.Linear | Conv1D) else child, []).extend(linears)
         attention = [child for child in groups if "att" in child.lower()]
         others = [child for child in groups if child not in attention]
         names = ", ".join(child or "(linear layers of the block)" for child in groups) or "none"
@@ -84,14 +111,17 @@ def sublayers(model: nn.Module) -> list[Sublayers]:
             what = f"expected one attention and one MLP; parts with linear layers: {names}"
             problems.append(Problem(root, what, "use an adapter for single layers, such as lora"))
             continue
-        (first, first_layer), (second, second_layer) = (groups[part[0]][-1] for part in (attention, others))
+        second, hidden = groups[others[0]][-1][0], widths(groups[others[0]][-1][1])[1]
+        ends = [name for name, layer in groups[attention[0]] if widths(layer)[1] == hidden]
         mlp = f"{root}.{others[0]}" if others[0] else ""
         lists = mlp and any(isinstance(part, nn.ModuleList) for part in model.get_submodule(mlp).modules())
-        if lists or first_layer.out_features != second_layer.out_features:
+        if lists or not ends:
             what = f"the MLP does not end in one projection to the hidden size (its last linear layer is {second})"
             problems.append(Problem(root, what, "use an adapter for single layers, such as lora"))
             continue
-        found.append(Sublayers(first, second, mlp, first_layer.out_features))
+        inputs = tuple(name for name, _ in groups[attention[0]] if name != ends[-1])
+        beside = tuple(name for name, _ in groups[others[0]][:-1])
+        found.append(Sublayers(root, ends[-1], second, inputs, beside, hidden))
     if problems:
         raise ModelError(problems)
     return found

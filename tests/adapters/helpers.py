@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -27,6 +29,11 @@ def adapted(model: nn.Module, seed: int = 1, **settings: object) -> PeftModel:
 
 def para_layers(model: nn.Module) -> list[ParaLayer]:
     return [module for module in model.modules() if isinstance(module, ParaLayer)]
+
+
+def part_at(model: PeftModel, name: str, index: int = 0, adapter: str = "default") -> Any:
+    """A part of a composite adapter, by the full name of its module."""
+    return model.get_base_model().get_submodule(name).parts(adapter)[index]
 
 
 class CountVectors:

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
-from compress_peft.adapters import ADAPTERS, BitFit, Compacter, Houlsby, Lora, Parallel, Pfeiffer
-from compress_peft.adapters.bottleneck_tuner import kronecker_sum
-from compress_peft.adapters.targets import sublayers
+from compress_peft.adapters import (
+    ADAPTERS,
+    BitFit,
+    Compacter,
+    CompacterPlusPlus,
+    Houlsby,
+    KronA,
+    KronAB,
+    Lora,
+    Parallel,
+    Pfeiffer,
+    PHMAdapter,
+)
+from compress_peft.adapters.composite import CompositeLayer
+from compress_peft.adapters.parts import kronecker_sum
+from compress_peft.adapters.targets import sublayers, widths
 from compress_peft.errors import ConfigError, ModelError, UserError
 from compress_peft.models.bundle import load_adapter, save_adapter
-from tests.adapters.helpers import perturb, prompts
+from tests.adapters.helpers import part_at, perturb, prompts
 from tests.conftest import build_tiny_llama
 
 D, BLOCKS = 64, 2
@@ -19,10 +41,23 @@ SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "v
 
 
 def neox():
+    torch.manual_seed(0)
     return GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, intermediate_size=48)).eval()
 
 
+def gpt2():
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "initializer_range": 0.1}
+    return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def phi3():
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(Phi3Config(**SHAPE, intermediate_size=48, pad_token_id=0)).eval()
+
+
 def opt():
+    torch.manual_seed(0)
     return OPTForCausalLM(OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32)).eval()
 
 
@@ -36,27 +71,71 @@ def test_compacter_is_a_sum_of_kronecker_products():
     torch.testing.assert_close(kronecker_sum(x, rule, left, right), x @ matrix)
 
 
-def test_compacter_layers_share_their_rule(tmp_path):
-    model = Compacter(r=8, phm_dim=4).attach(build_tiny_llama())
-    rules = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if "bottleneck_rule" in n}
-    assert len(rules) == 1
-    layers = [m for m in model.modules() if hasattr(m, "bottleneck_down") and "default" in m.bottleneck_down]
-    assert len(layers) == 2 * BLOCKS
+def kronecker_matrix(projection):
+    """sum_i kron(A_i, B_i), (in, out)."""
+    rule, right = projection.rule.weight, projection.right
+    factors = right if projection.left is None else projection.left @ right
+    return sum(torch.kron(rule[i], factors[i]) for i in range(len(rule)))
+
+
+@pytest.mark.parametrize("adapter", [Compacter(r=8, phm_dim=4), CompacterPlusPlus(r=8), PHMAdapter(r=8, phm_dim=2)])
+def test_kronecker_adapters_by_their_formula(adapter, tmp_path):
+    model = adapter.attach(build_tiny_llama())
+    start = kronecker_matrix(part_at(model, "model.layers.1.mlp.down_proj").down)
+    assert 0.04 < float(start.detach().std()) < 0.12  # of a matrix that is uniform in +-1 / 8: 0.072
     perturb(model, size=0.1)
-    layer, x = layers[0], torch.randn(2, 3, D)
-    part = {name: getattr(layer, f"bottleneck_{name}")["default"] for name in ("down", "up", "rule")}
-    right = {name: getattr(layer, f"bottleneck_{name}_right")["default"] for name in ("down", "up")}
-    bias = {name: getattr(layer, f"bottleneck_{name}_bias")["default"] for name in ("down", "up")}
-    down, up = (
-        sum(torch.kron(part["rule"][i], part[name][i] @ right[name][i]) for i in range(4)) for name in ("down", "up")
-    )
-    expected = torch.nn.functional.gelu(x @ down + bias["down"]) @ up + bias["up"]
-    torch.testing.assert_close(layer.adapter_output(x, "default"), expected)
+    shared = not isinstance(adapter, PHMAdapter)
+    rules = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if ".rule." in n}
+    places = BLOCKS * (1 if isinstance(adapter, CompacterPlusPlus) else 2)
+    assert len(rules) == (1 if shared else 2 * places)
+    assert len([m for m in model.modules() if isinstance(m, CompositeLayer)]) == places
+    part, x = part_at(model, "model.layers.1.mlp.down_proj"), torch.randn(2, 3, D)
+    down, up = kronecker_matrix(part.down), kronecker_matrix(part.up)
+    expected = torch.nn.functional.gelu(x @ down + part.down.bias) @ up + part.up.bias
+    torch.testing.assert_close(part.change(x), expected)
     save_adapter(model, tmp_path / "adapter")
     again = load_adapter(build_tiny_llama(), tmp_path)
-    for name, parameter in again.named_parameters(remove_duplicate=False):
-        if "bottleneck_rule" in name:
-            assert torch.equal(parameter, part["rule"])
+    rules = {id(p) for n, p in again.named_parameters(remove_duplicate=False) if ".rule." in n}
+    assert len(rules) == (1 if shared else 2 * places)
+    rule = part_at(again, "model.layers.1.mlp.down_proj").up.rule.weight
+    assert torch.equal(rule, part.up.rule.weight)
+
+
+@pytest.mark.parametrize("shape", [None, (16, 2)])
+def test_krona_is_a_kronecker_product_on_the_weight(shape):
+    adapter = KronA(a_shape=shape, scale=3.0)
+    model = adapter.attach(build_tiny_llama())
+    perturb(model, size=0.2)
+    found = model(prompts()).logits
+    plain = build_tiny_llama()
+    for block in range(BLOCKS):
+        for name in ("q_proj", "v_proj"):
+            part = part_at(model, f"model.layers.{block}.self_attn.{name}")
+            layer = plain.get_submodule(f"model.layers.{block}.self_attn.{name}")
+            layer.weight.data += 3.0 * torch.kron(part.a, part.b)
+    torch.testing.assert_close(plain(prompts()).logits, found)
+    torch.testing.assert_close(model.merge_and_unload()(prompts()).logits, found)
+
+
+def test_krona_on_a_transposed_weight():
+    model = gpt2()
+    adapted = KronA().attach(model)
+    perturb(adapted, size=0.2)
+    found = adapted(prompts() % 64).logits
+    assert not torch.allclose(found, gpt2()(prompts() % 64).logits, atol=1e-3)
+    torch.testing.assert_close(adapted.merge_and_unload()(prompts() % 64).logits, found)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_krona_b_is_beside_the_mlp(residual):
+    model = KronAB(scale=2.0, residual=residual).attach(build_tiny_llama())
+    perturb(model, size=0.2)
+    plain = build_tiny_llama()
+    for block in range(BLOCKS):
+        part = part_at(model, f"model.layers.{block}.mlp.down_proj")
+        matrix = 2.0 * torch.kron(part.a, part.b).T + (part.residual * torch.eye(D) if residual else 0)
+        plain.model.layers[block].mlp.register_forward_hook(lambda m, args, y, matrix=matrix: y + args[0] @ matrix)
+    torch.testing.assert_close(model(prompts()).logits, plain(prompts()).logits)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +146,11 @@ def test_compacter_layers_share_their_rule(tmp_path):
         (Parallel(r=6), BLOCKS * (2 * D * 6 + 6 + D)),
         (Compacter(r=8, phm_dim=4), 4**3 + BLOCKS * 2 * (2 * (D + 8) + 8 + D)),
         (Compacter(r=8, phm_dim=2, phm_rank=3), 2**3 + BLOCKS * 2 * (2 * 3 * (D + 8) + 8 + D)),
+        (CompacterPlusPlus(r=8, phm_dim=4), 4**3 + BLOCKS * (2 * (D + 8) + 8 + D)),
+        (PHMAdapter(r=8, phm_dim=4), BLOCKS * 2 * (2 * (4**3 + D * 8 // 4) + 8 + D)),
+        (KronA(a_shape=(8, 4)), BLOCKS * (8 * 4 + 8 * 16 + 8 * 4 + 4 * 16)),
+        (KronAB(a_shape=(8, 4)), BLOCKS * (8 * 4 + 8 * 16 + 1)),
+        (KronAB(residual=False), BLOCKS * 2 * 8 * 8),
         (BitFit(add_bias=True), BLOCKS * (64 + 32 + 32 + 64 + 128 + 128 + 64)),
     ],
 )
@@ -89,25 +173,22 @@ def test_bottlenecks_by_their_formulas(adapter, places, reads_input):
     model, plain = adapter.attach(build_tiny_llama()), build_tiny_llama()
     perturb(model, size=0.3)
 
-    def hook(layer, reads_input):
-        weights = [getattr(layer, f"bottleneck_{n}")["default"] for n in ("down", "down_bias", "up", "up_bias")]
+    def hook(part, reads_input):
         act = torch.nn.functional.gelu if isinstance(adapter, Houlsby) else torch.relu
         scale = getattr(adapter, "scale", 1.0)
 
         def change(module, args, output):
-            down, down_bias, up, up_bias = weights
             source = args[0] if reads_input else output
-            return output + scale * (act(source @ down + down_bias) @ up + up_bias)
+            hidden = act(source @ part.down.weight + part.down.bias)
+            return output + scale * (hidden @ part.up.weight + part.up.bias)
 
         return change
 
-    wrapped = [name for name, m in model.get_base_model().named_modules() if "bottleneck" in str(dir(m)).lower()]
     for block in range(BLOCKS):
         for place in places:
             name = f"model.layers.{block}.{place}"
-            assert name in wrapped
-            layer = model.get_base_model().get_submodule(name)
-            plain.get_submodule(name).register_forward_hook(hook(layer, reads_input))
+            part = part_at(model, f"{name}.down_proj" if reads_input else name)
+            plain.get_submodule(name).register_forward_hook(hook(part, reads_input))
     torch.testing.assert_close(model(prompts()).logits, plain(prompts()).logits)
 
 
@@ -149,17 +230,43 @@ def test_sublayers_are_found_by_structure():
         "gpt_neox.layers.1.attention.dense",
         "gpt_neox.layers.1.mlp.dense_4h_to_h",
     )
+    assert block.inputs_like("q") == ["gpt_neox.layers.1.attention.query_key_value"]
     block = sublayers(opt())[0]
     assert (block.attention_end.rpartition(".")[2], block.mlp_end.rpartition(".")[2]) == ("out_proj", "fc2")
-    with pytest.raises(ModelError, match="no module of its own"):
-        Parallel().attach(opt())
-    with pytest.raises(ModelError):
-        Houlsby().attach(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)))
-    for model in (neox(), opt()):
-        adapted = Houlsby(r=4).attach(model)
-        before = adapted(prompts() % 64).logits
-        perturb(adapted, size=0.1)
-        assert not torch.allclose(adapted(prompts() % 64).logits, before, atol=1e-3)
+    assert (block.mlp_start.rpartition(".")[2], widths(opt().get_submodule(block.mlp_start))) == ("fc1", (32, 48))
+    block = sublayers(phi3())[0]  # its o_proj is made before its qkv_proj
+    assert [name.rpartition(".")[2] for name in block.all] == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    block = sublayers(gpt2())[0]
+    assert [name.rpartition(".")[2] for name in block.all] == ["c_attn", "c_proj", "c_fc", "c_proj"]
+    assert widths(gpt2().get_submodule(block.mlp_end)) == (128, 32)
+
+
+@pytest.mark.parametrize("build", ["neox", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize("method", ["houlsby", "parallel", "krona_b", "prefix_tuning", "unipelt"])
+def test_other_architectures(method, build, tmp_path):
+    build = globals()[build]
+    plain = build()(prompts() % 64).logits
+    model = ADAPTERS.create(method).attach(build())
+    perturb(model, size=0.1)
+    found = model(prompts() % 64).logits
+    assert not torch.allclose(found, plain, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(model(prompts() % 64).logits, plain)
+    save_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(load_adapter(build(), tmp_path)(prompts() % 64).logits, found)
+    assert torch.equal(model.unload()(prompts() % 64).logits, plain)
+
+
+def test_parallel_reads_the_input_of_an_mlp_that_is_no_module():
+    model, plain = Parallel(r=4).attach(opt()), opt()
+    perturb(model, size=0.3)
+    for block in range(2):
+        part = part_at(model, f"model.decoder.layers.{block}.fc2")
+        seen = []
+        layer = plain.model.decoder.layers[block]
+        layer.fc1.register_forward_hook(lambda m, args, y, seen=seen: seen.append(args[0]))
+        layer.fc2.register_forward_hook(lambda m, args, y, seen=seen, part=part: y + part.change(seen.pop()))
+    torch.testing.assert_close(model(prompts() % 64).logits, plain(prompts() % 64).logits)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +279,12 @@ def test_sublayers_are_found_by_structure():
         ("peft", {"type": "miss", "settings": {"mini_rr": 1}}, 'did you mean "mini_r"'),
         ("peft", {"type": "miss", "settings": {"target_modules": ["q_prj"]}}, 'did you mean "q_proj"'),
         ("peft", {"type": "lora"}, "write method: lora"),
-        ("peft", {"type": "prefix_tuning"}, "virtual tokens"),
-        ("peft", {"type": "adalora"}, "after each optimizer step"),
+        ("peft", {"type": "prompt_tuning"}, "virtual tokens"),
+        ("peft", {"type": "prefix_tuning"}, "write method: prefix_tuning"),
+        ("krona", {"a_shape": (5, 4)}, "does not divide the weight's shape"),
+        ("llama_adapter", {"layers": 3}, "3 of 2 blocks"),
+        ("s4", {}, "2 blocks cannot be divided"),
+        ("peft", {"type": "adalora"}, "write method: adalora"),
         ("peft", {"type": "shira"}, "peft refuses"),
     ],
 )
@@ -183,7 +294,7 @@ def test_wrong_settings(method, settings, says):
 
 
 def test_native_adapters_do_not_merge():
-    for adapter in (Houlsby(r=4), BitFit(add_bias=True)):
+    for adapter in (Houlsby(r=4), KronAB()):
         model = adapter.attach(build_tiny_llama())
         perturb(model, size=0.1)
         found = model(prompts()).logits

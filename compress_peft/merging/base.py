@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftModel
@@ -16,6 +17,18 @@ Calibration = Iterable[Mapping[str, Tensor] | Any]
 the prompt does not end with the row's last real token, prompt_end (batch,)."""
 
 
+@dataclass
+class MergeContext:
+    """What a merge may use beside the model, and where it leaves facts for the report.
+
+    calibration: prompts. original: loads the model from before the first step, dense.
+    """
+
+    calibration: Calibration | None = None
+    original: Callable[[], nn.Module] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 class Merger(Method):
     """A way of making one deployable model of backbone and adapter."""
 
@@ -24,18 +37,31 @@ class Merger(Method):
     needs_calibration: ClassVar[bool] = False
     """Whether `merge` needs prompts."""
 
-    refuses: ClassVar[dict[str, str]] = {}
-    """State of the backbone ("quantized", ...) that this policy cannot take -> why."""
-
     exact: ClassVar[bool] = True
     """Whether the merged model computes the same as the adapted one (up to rounding)."""
+
+    def prompts_needed(self) -> int:
+        """How many prompts `merge` wants; 0: none."""
+        return int(getattr(self, "prompts", 0)) if self.needs_calibration else 0
+
+    def refusal(self, adapter: Any, states: frozenset[str]) -> str:
+        """Why this policy cannot take the adapter on a backbone in these states ("quantized", "pruned"), told from
+        the recipe alone; empty where it can.
+
+        adapter: settings of the method, with `method` and `merge_policies`.
+        """
+        return "" if self.policy in adapter.merge_policies else f'it cannot take the adapter "{adapter.method}"'
 
     def problems(self, model: PeftModel) -> list[Problem]:
         """Why this policy cannot take this model; empty when it can."""
         return []
 
-    def merge(self, model: PeftModel, calibration: Calibration | None = None) -> nn.Module:
+    def merge(
+        self, model: PeftModel, calibration: Calibration | None = None, context: MergeContext | None = None
+    ) -> nn.Module:
         """The deployable model. `model` is used up, unless the policy says otherwise.
+
+        calibration: in short for MergeContext(calibration).
 
         Raises:
             ConfigError: the policy does not fit the adapter or the backbone, with all reasons; nothing is changed.
@@ -46,9 +72,9 @@ class Merger(Method):
         problems = self.problems(model)
         if problems:
             raise ConfigError(problems)
-        return self._merge(model, calibration)
+        return self._merge(model, context or MergeContext(calibration))
 
-    def _merge(self, model: PeftModel, calibration: Calibration | None) -> nn.Module:
+    def _merge(self, model: PeftModel, context: MergeContext) -> nn.Module:
         raise NotImplementedError
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compress_peft.errors import ModelError, Problem
-from compress_peft.merging.base import MERGERS, Calibration, Merger
+from compress_peft.merging.base import MERGERS, MergeContext, Merger
 from compress_peft.models.bundle import backbone_folder, is_bundle, load_adapter, save_bundle
 
 __all__ = ["Bundle", "backbone_folder", "is_bundle", "load_adapter", "load_bundle", "save_bundle"]
@@ -25,7 +25,10 @@ class Bundle(Merger):
 
     policy: Literal["bundle"] = "bundle"
 
-    def _merge(self, model: PeftModel, calibration: Calibration | None) -> nn.Module:
+    def refusal(self, adapter: Any, states: frozenset[str]) -> str:
+        return ""
+
+    def _merge(self, model: PeftModel, context: MergeContext) -> nn.Module:
         """The very model: in memory nothing changes, and save_folder writes it as a bundle."""
         return model
 

@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from compress_peft.errors import ConfigError, DataError, Problem, UserError
-from compress_peft.merging.base import MERGERS, Calibration, Merger, adapter_kind
+from compress_peft.merging.base import MERGERS, MergeContext, Merger, adapter_kind
 from compress_peft.models.bundle import bare_backbone
 from compress_peft.models.prompts import is_prompt_aware
 
@@ -36,10 +36,10 @@ class Static(Merger):
         what = f'"static" is for prompt-aware adapters, and {adapter_kind(model)} is none: it needs no approximation'
         return [Problem("policy", what, 'use "dense" on a dense backbone, or "bundle"')]
 
-    def _merge(self, model: PeftModel, calibration: Calibration | None) -> nn.Module:
-        if calibration is None:
+    def _merge(self, model: PeftModel, context: MergeContext) -> nn.Module:
+        if context.calibration is None:
             raise DataError(Problem("calibration", "static needs prompts to average over", "pass batches of prompts"))
-        scales = model.base_model.mean_output_scales(_mapping(batch) for batch in calibration)
+        scales = model.base_model.mean_output_scales(_mapping(batch) for batch in context.calibration)
         if not scales:
             raise ConfigError(Problem("adapter", "no adapter is active", "activate one: model.set_adapter(name)"))
         with bare_backbone(model) as bare:

@@ -8,13 +8,20 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compress_peft.errors import Problem
-from compress_peft.merging import MERGERS
+from compress_peft.loading import load
+from compress_peft.merging import MERGERS, Dense, MergeContext
+from compress_peft.merging.compare import bits_per_weight, changed_bytes, compare_logits, sample_logits, stored
 from compress_peft.models.bundle import save_folder
+from compress_peft.models.sparsity import sparsity
 from pipelines.plan import ModelShape, StepEstimate
 from pipelines.state import RunState
 from pipelines.steps.base import STEPS, Alternative, Step, StepResult
+from pipelines.steps.distill import Distill
 from pipelines.steps.finetune import Finetune
 from pipelines.validation import nest
+
+COMPARED = 16
+"""Texts of the validation split on which merged and unmerged logits are compared."""
 
 
 @STEPS.register
@@ -26,7 +33,7 @@ class Merge(Step):
     """The policy and its settings, written beside `step`."""
     also: tuple[str, ...] = Field(default=(), description="Further policies whose outcome is saved and measured too.")
 
-    needs: ClassVar[dict[str, str]] = {"adapted": "put a finetune step before it"}
+    needs: ClassVar[dict[str, str]] = {"adapted": "put a finetune step before it (or distill)"}
     forbids: ClassVar[dict[str, str]] = {"exported": "the model is exported already -> put export last"}
     adds: ClassVar[frozenset[str]] = frozenset({"merged"})
     removes: ClassVar[frozenset[str]] = frozenset({"adapted"})
@@ -52,18 +59,18 @@ class Merge(Step):
         return self
 
     def check_against(self, earlier: list[Step], where: str) -> list[Problem]:
-        states = frozenset[str]().union(*(step.adds for step in earlier))
-        adapters = [step.adapter for step in earlier if isinstance(step, Finetune)]
+        states = frozenset[str]().union(*(step.states_added() for step in earlier))
+        trained = [step.adapter for step in earlier if isinstance(step, Finetune | Distill)]
+        adapters = [adapter for adapter in trained if adapter is not None]
         problems = []
-        for policy in (self.merger.policy, *self.also):
-            for state, reason in MERGERS[policy].refuses.items():
-                if state in states:
-                    what = f'policy "{policy}" cannot take a {state} backbone: {reason}'
-                    problems.append(Problem(f"{where}.policy", what, "use policy: bundle, or leave out that step"))
-            if adapters and policy not in adapters[-1].merge_policies:
-                what = f'policy "{policy}" cannot take the adapter "{adapters[-1].method}"'
-                fix = f"use one of: {', '.join(adapters[-1].merge_policies)}"
-                problems.append(Problem(f"{where}.policy", what, fix))
+        for merger in (self.merger, *(MERGERS.create(name) for name in self.also)):
+            reason = merger.refusal(adapters[-1], states) if adapters else ""
+            if reason:
+                why, _, fix = reason.partition(" -> ")
+                legal = [name for name in MERGERS if not MERGERS.create(name).refusal(adapters[-1], states)]
+                fix = f"{fix}; or " * bool(fix) + f"use one of: {', '.join(legal)}"
+                why = why.removeprefix("it ") if why.startswith("it ") else f"does not fit: {why}"
+                problems.append(Problem(f"{where}.policy", f'policy "{merger.policy}" {why}', fix))
         return problems
 
     def label(self) -> str:
@@ -84,10 +91,20 @@ class Merge(Step):
 
     def _merge_into(self, merger: Any, state: RunState, target: Path) -> dict[str, Any]:
         model, tokenizer = state.model()
-        calibration = state.calibration_batches(merger.prompts) if merger.needs_calibration else None
-        merged = merger.merge(model, calibration)
+        context = MergeContext(original=lambda: load(state.source.folder, state.device, state.dtype)[0])
+        if count := merger.prompts_needed():
+            held_out = isinstance(merger, Dense)
+            context.calibration = state.held_out_batches(count) if held_out else state.calibration_batches(count)
+        texts = list(state.held_out_batches(COMPARED)) if state.recipe.data is not None else []
+        reference, before, zeros = sample_logits(model, texts), stored(model), sparsity(model)
+        merged = merger.merge(model, context=context)
+        facts = {"policy": merger.policy, "exact": merger.exact, **context.facts}
+        facts["against_unmerged"] = compare_logits(reference, sample_logits(merged, texts))
+        facts |= changed_bytes(before, stored(merged))
+        facts["bits_per_weight"] = bits_per_weight(merged)
+        facts |= {} if zeros is None else {"sparsity_before": zeros, "sparsity_after": sparsity(merged)}
         save_folder(merged, target, tokenizer)
-        return {"policy": merger.policy, "exact": merger.exact}
+        return facts
 
     def estimate(self, shape: ModelShape) -> StepEstimate:
         size = shape.weight_bytes() + 4 * shape.adapter_parameters

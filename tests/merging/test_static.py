@@ -195,7 +195,8 @@ def test_refusals():
 
 def test_the_registry_says_what_a_policy_needs():
     facts = {name: (MERGERS[name].needs_calibration, MERGERS[name].exact) for name in MERGERS}
-    assert facts == {"bundle": (False, True), "dense": (False, True), "static": (True, False)}
+    exact = {name: (False, True) for name in ("auto", "bundle", "dense", "exact", "merge_aware")}
+    assert facts == exact | {"requantize": (False, False), "sparse": (False, False), "static": (True, False)}
     for name in ADAPTERS:
         assert set(ADAPTERS[name].merge_policies) <= set(MERGERS)
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from compress_peft.adapters import ADAPTERS, Para
+from compress_peft.adapters import Para
 from compress_peft.errors import ConfigError
-from compress_peft.merging import Dense, Static
+from compress_peft.merging import Static
 from compress_peft.models.save import save_model
 from compress_peft.quantization.apply import quantize_model
 from compress_peft.quantization.nf4 import NF4
@@ -88,13 +88,3 @@ def test_para_on_nf4():
     model(prompts(), labels=labels).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.abs().max() > 0)) == ("para_" in name), name
-
-
-@pytest.mark.parametrize("method", ["lora", "ia3"])
-def test_dense_merges_are_refused_on_compressed_weights(method):
-    model = ADAPTERS.create(method).attach(nf4_llama())
-    expected = model(prompts()).logits
-    with pytest.raises(ConfigError, match="the weight is compressed") as error:
-        Dense().merge(model)
-    assert len(error.value.problems) == {"lora": 14, "ia3": 6}[method]
-    assert torch.equal(model(prompts()).logits, expected)

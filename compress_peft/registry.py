@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from compress_peft.errors import ConfigError, Problem, did_you_mean
 
@@ -64,8 +64,12 @@ class Registry(Generic[M]):
         return self[name](**settings)
 
     def union(self) -> Any:
-        """The pydantic type of "any method of this kind", told apart by the tag field."""
+        """The pydantic type of "any method of this kind", told apart by the tag field; a bare name will do too."""
         types = [self._methods[name] for name in self]
-        if len(types) == 1:
-            return types[0]
-        return Annotated[functools.reduce(operator.or_, types), Field(discriminator=self.tag)]
+        union: Any = types[0]
+        if len(types) > 1:
+            union = Annotated[functools.reduce(operator.or_, types), Field(discriminator=self.tag)]
+        return Annotated[union, BeforeValidator(self._named)]
+
+    def _named(self, value: Any) -> Any:
+        return {self.tag: value} if isinstance(value, str) else value

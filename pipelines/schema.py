@@ -35,9 +35,21 @@ def recipe_schema() -> dict[str, Any]:
                     "additionalProperties": False,
                 }
             )
+    del schema["properties"]["steps"]["items"]
+    _allow_names(schema)
+    _allow_names(variants)
     schema["properties"]["steps"]["items"] = {"oneOf": variants}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
+
+
+def _allow_names(part: Any) -> None:
+    """Where one of several methods is chosen, its bare name will do."""
+    for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _allow_names(value)
+    if isinstance(part, dict) and "mapping" in part.get("discriminator", ()):
+        names = sorted(part["discriminator"]["mapping"])
+        part |= {"anyOf": [{"enum": names}, {"oneOf": part.pop("oneOf"), "discriminator": part.pop("discriminator")}]}
 
 
 def _references(field: dict[str, Any]) -> list[str]:

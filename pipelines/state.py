@@ -113,3 +113,10 @@ class RunState:
         pairs = encode_all(tokenizer, self.data().train[:prompts], self.data_settings().max_length, eos=False)
         for batch in batches([(prompt, []) for prompt, _ in pairs], tokenizer, batch_size):
             yield batch.to(self.device)
+
+    def held_out_batches(self, texts: int, batch_size: int = 8) -> Iterator[Batch]:
+        """The first examples of the validation split with their responses (compared with, never trained on)."""
+        tokenizer = self.tokenizer()
+        pairs = encode_all(tokenizer, self.data().validation[:texts], self.data_settings().max_length, eos=False)
+        for batch in batches(pairs, tokenizer, batch_size):
+            yield batch.to(self.device)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from compress_peft.adapters.names import WRITE_INSTEAD
 from compress_peft.errors import Problem, did_you_mean
 
 ADVICE = {
@@ -69,7 +70,9 @@ def _problem(where: str, item: Any, model: type[BaseModel]) -> Problem:
         context = item["ctx"]
         names = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
         tag = str(context["discriminator"]).strip("'")
-        return Problem(f"{where}.{tag}", f'unknown {tag} "{context["tag"]}"', did_you_mean(str(context["tag"]), names))
+        given = str(context["tag"])
+        known = WRITE_INSTEAD.get(given.lower(), "") if where.endswith("adapter") else ""
+        return Problem(f"{where}.{tag}", f'unknown {tag} "{given}"', known or did_you_mean(given, names))
     if kind == "union_tag_not_found":
         tag = str(item["ctx"]["discriminator"]).strip("'")
         return Problem(f"{where}.{tag}", "is missing", "add this key")

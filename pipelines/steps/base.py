@@ -70,6 +70,11 @@ class Step(Method):
         """The states that hold afterwards, given the step as it stands in the YAML."""
         return cls.adds
 
+    def states_added(self) -> frozenset[str]:
+        """`added_by` of this step."""
+        raw = self.model_dump(mode="json")
+        return self.added_by(raw | raw.pop(self.nested) if self.nested is not None else raw)
+
     def label(self) -> str:
         """The name of the stage that this step leads to, in tables and plots."""
         raise NotImplementedError

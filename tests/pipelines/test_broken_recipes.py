@@ -106,11 +106,11 @@ CASES: dict[str, tuple[Break, list[str]]] = {
     "quantized twice": (reorder(0, 0, 1, 2, 3), ["steps[1]", "quantized already"]),
     "policy that the adapter cannot take": (
         put("steps", 1, "adapter", value={"method": "lora"}),
-        ["steps[2].policy", 'policy "static" cannot take the adapter "lora"', "use one of: bundle, dense"],
+        ["steps[2].policy", 'policy "static" cannot take the adapter "lora"', "use one of: auto, bundle, dense"],
     ),
     "policy that the backbone cannot take": (
-        put("steps", 2, value={"step": "merge", "policy": "dense"}),
-        ["steps[2].policy", '"dense" cannot take a quantized backbone', "undo the compression"],
+        put("steps", 2, value={"step": "merge", "policy": "sparse"}),
+        ["steps[2].policy", '"sparse" does not fit: nothing is pruned before it', "add a prune step"],
     ),
     "adapter that needs a dense backbone": (
         put("steps", 1, "adapter", value={"method": "lora", "use_dora": True}),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from pipelines.grid import expand, read_sweep
 from pipelines.recipe import parse_recipe
 from pipelines.schema import main, recipe_schema
 from pipelines.steps import STEPS
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("smoke/*.yaml")])
 SCHEMA = recipe_schema()
 
 
@@ -22,6 +25,13 @@ def test_every_recipe_of_the_project_is_valid_for_parser_and_schema(path: Path) 
     raw = yaml.safe_load(path.read_text())
     parse_recipe(raw, path.stem)
     Draft202012Validator(SCHEMA).validate(raw)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("sweeps/*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_of_the_project_is_valid(path: Path) -> None:
+    base, axes, _ = read_sweep(path, [])
+    variants = expand(base, axes, [], Path("runs"))
+    assert len(variants) == math.prod(len(options) for options in axes.values())
 
 
 def test_the_schema_knows_all_steps_and_refuses_typos() -> None:

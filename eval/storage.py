@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from compress_peft.models.bundle import bare_backbone
+from compress_peft.models.sparsity import sparsity
 from compress_peft.weights.compressed import CompressedWeight
 from eval.forward import transformers_model
 from eval.records import Storage
@@ -52,6 +54,7 @@ def measure_storage(model: nn.Module, folder: str | Path | None = None) -> Stora
         adapter_parameters=adapter_parameters,
         quantized_layers=layers,
         bits_per_weight=8 * quantized_bytes / quantized_weights if quantized_weights else None,
+        sparsity=sparsity(model),
         disk_bytes=folder_bytes(folder) if folder is not None else None,
     )
 
@@ -90,9 +93,8 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
 def _kind(name: str, owners: dict[str, nn.Module], model: nn.Module) -> str:
     owner = owners[name.rpartition(".")[0]]
     causal_lm = transformers_model(model)
-    if isinstance(owner, nn.Embedding) or owner in (
-        causal_lm.get_input_embeddings(),
-        causal_lm.get_output_embeddings(),
-    ):
+    ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    plain = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    if isinstance(owner, nn.Embedding) or owner in plain:
         return "embeddings"
     return "dense_linear" if isinstance(owner, nn.Linear) else "other"

@@ -172,10 +172,12 @@ EXPORT int affine_matmul(const uint8_t *codes, const void *scales, const void *z
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads)
 #endif
-    for (int64_t row = 0; row < n; row += WIDTH)
+    for (int64_t row = 0; row < n; row += WIDTH) {
+        prefetch(codes + (row + WIDTH) * w.row_bytes, codes + n * w.row_bytes, WIDTH * w.row_bytes);
         for (int64_t r = 0; r < m; r += MAX_ROWS)
             dot(&w, row, (int)(n - row < WIDTH ? n - row : WIDTH), k, x + r * k,
                 (int)(m - r < MAX_ROWS ? m - r : MAX_ROWS), out + r * n + row, n);
+    }
     free(moved);
     return 0;
 }

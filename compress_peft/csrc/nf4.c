@@ -293,10 +293,12 @@ static int matmul(Weight w, const float *x, float *out, int64_t m, int64_t n, in
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads)
 #endif
-    for (int64_t row = 0; row < n; row += WIDTH)
+    for (int64_t row = 0; row < n; row += WIDTH) {
+        prefetch(w.codes + (row + WIDTH) * k / 2, w.codes + n * k / 2, WIDTH * k / 2);
         for (int64_t r = 0; r < m; r += MAX_ROWS)
             dot(&w, row, (int)(n - row < WIDTH ? n - row : WIDTH), k, x + r * k,
                 (int)(m - r < MAX_ROWS ? m - r : MAX_ROWS), out + r * n + row, n);
+    }
     free(moved);
     return 0;
 }

@@ -182,8 +182,21 @@ def _report(
         steps=tuple(steps),
         curves=tuple(curve for step in steps for curve in _curves(step)),
         stages=tuple(stages),
-        notes=(*state.source.notes, f"Compressed layers run on: {kernels.active(state.device)}."),
+        notes=(*state.source.notes, *_step_notes(steps), f"Compressed layers run on: {kernels.active(state.device)}."),
     )
+
+
+def _step_notes(steps: list[StepRecord]) -> list[str]:
+    """What the steps found unusual; of the same remark on many layers the first and their number."""
+    told = []
+    for step in steps:
+        places: dict[str, list[str]] = {}
+        for where, what in step.details.get("notes") or ():
+            places.setdefault(what, []).append(where)
+        for what, where in places.items():
+            more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+            told.append(": ".join(part for part in (step.name, f"{where[0]}{more}", what) if part))
+    return told
 
 
 def _curves(step: StepRecord) -> list[Curve]:

@@ -20,6 +20,7 @@ def write_report(report: RunReport, folder: str | Path) -> Path:
 
 def render(folder: str | Path) -> Path:
     """Makes report.md and report.html from report.json alone; returns the path of report.html."""
+    from pipelines.report.merges import LABELS
     from pipelines.report.plots import draw_all
     from pipelines.report.view import build_view
 
@@ -28,6 +29,8 @@ def render(folder: str | Path) -> Path:
     view = build_view(report)
     for name, escape in (("report.md", False), ("report.html", True)):
         plots = draw_all(report) if escape else []
-        text = render_template("pipelines.report", f"{name}.j2", escape, view=view, report=report, plots=plots)
+        text = render_template(
+            "pipelines.report", f"{name}.j2", escape, view=view, report=report, plots=plots, merge_labels=LABELS
+        )
         write_file(folder / name, text)
     return folder / "report.html"

@@ -24,6 +24,7 @@ from eval.columns import (
     table_rows,
 )
 from eval.records import RunReport, StageRecord
+from pipelines.report.merges import merge_rows
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class View:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     losses: tuple[Loss, ...]
+    merges: tuple[tuple[str, ...], ...]
     further_scores: tuple[tuple[str, str, str], ...]
     protocol: tuple[str, ...]
     storage: tuple[tuple[str, str], ...]
@@ -60,6 +62,7 @@ def build_view(report: RunReport) -> View:
         columns=tuple(column.label for column in columns),
         rows=table_rows([stage.name for stage in report.stages], report.stages, columns),
         losses=_losses(report),
+        merges=merge_rows(report),
         further_scores=tuple(
             (stage.name, f"{score.metric}{', ' + score.task if score.task else ''}", accuracy_text(score))
             for stage in report.stages

@@ -30,6 +30,7 @@ from eval.records import (
 )
 from pipelines.report import read_report, render, write_report
 from pipelines.report.__main__ import main
+from pipelines.report.merges import merge_rows
 
 STAGES = (  # name, right answers of 200, perplexity, weights, disk, peaks, prefill, decode
     ("original", 84, 33.69, 538e6, 541e6, 1010e6, 1042e6, 0.31, 12.9),
@@ -232,3 +233,27 @@ def test_stage_names_must_differ() -> None:
     report = made_up_report()
     with pytest.raises(ValueError, match="must differ"):
         RunReport.model_validate(report.model_dump() | {"stages": [report.stages[0]] * 2})
+
+
+def test_every_policy_is_beside_the_unmerged_model(tmp_path: Path) -> None:
+    against = {"tokens": 512, "logits_max_difference": 0.5, "logits_mean_difference": 0.1, "kl": 0.02}
+    facts = {
+        "step": "merge",
+        "policy": "bundle",
+        "against_unmerged": {**against, "greedy_agreement": 0.75},
+        "changed_bytes": {"codes": 0, "zeros": 7},
+        "stored_bytes": {"codes": 100, "zeros": 20},
+        "bits_per_weight": 4.5,
+        "also_static": {"policy": "static", "sparsity_before": 0.5, "sparsity_after": 0.25},
+    }
+    report = made_up_report()
+    static = stage("merged (static)", 150, 60.0, 164e6, 176e6, 646e6, 674e6, 0.43, 9.2)
+    stages = (*report.stages[:3], static, *report.stages[3:])
+    report = report.model_copy(update={"steps": (StepRecord(name="m", seconds=1, details=facts),), "stages": stages})
+    bundle, other = merge_rows(report)
+    assert bundle[:6] == ("bundle", "0.5, 0.1", "0.02", "75.0% of 512", "zeros 7 of 20", "4.50")
+    assert "the same answer" in bundle[7] and bundle[8] == "identical"  # against the fine-tuned stage
+    assert other[0] == "static" and other[6] == "50.00%, 25.00%" and "-18.0 points" in other[7]
+    page = write_report(report, tmp_path).read_text()
+    assert "<h2>Merging</h2>" in page and "75.0% of 512" in (tmp_path / "report.md").read_text()
+    assert not merge_rows(made_up_report())

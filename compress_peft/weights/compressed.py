@@ -124,7 +124,8 @@ class CompressedWeight(Tensor):
         if product and product.takes(x):
             return product(x)
         out = kernels.linear(x.reshape(-1, x.shape[-1]), self.parts, _compute(self.compute_dtype))
-        return out.view(*x.shape[:-1], self.shape[0])
+        # A view that does not say so: callers may add to the result in place, which autograd refuses on a view.
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], self.shape[0]))
 
     def backward_input(self, grad: Tensor) -> Tensor:
         """grad (..., out) @ weight -> (..., in). Dequantizes again instead of keeping the dense weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from compress_peft.adapters import Para
 from compress_peft.data.examples import Example
 from compress_peft.errors import ConfigError
 from compress_peft.models.random_model import byte_tokenizer
+from eval import harness
 from eval.choices import evaluate_choices
 from eval.harness import LiveModel, run_harness
 from eval.perplexity import perplexity
@@ -121,5 +124,7 @@ def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert by_metric["acc"].value == pytest.approx(raw.value)
     assert by_metric["acc"].n == 12 and by_metric["acc"].version == "2.0" and by_metric["acc"].stderr > 0
     assert set(by_metric) == {"acc", "acc_norm"}
+    # without the harness's own ten thousand tasks, which take seconds to read
+    monkeypatch.setattr(harness, "TaskManager", functools.partial(TaskManager, include_defaults=False))
     with pytest.raises(ConfigError, match="tiny_topics"):
         run_harness(model, tokenizer, ["tiny_topic"], include_path=tmp_path)

@@ -120,7 +120,7 @@ def test_a_killed_run_resumes_to_the_same_result(recipe: dict[str, Any], tmp_pat
         assert not (out / "report.json").exists()
     training = json.loads(sorted(out.glob("steps/02-*/result.json"))[0].read_text())["facts"]
     assert training["resumed_from_step"] > 0
-    assert start(path, out).wait(timeout=200) == EXIT_DONE
+    assert main([str(path), "--output", str(out), "--resume"]) == EXIT_DONE
     for resumed, whole in zip(figures(read_report(out)), figures(read_report(tmp_path / "whole")), strict=True):
         assert resumed == whole
 

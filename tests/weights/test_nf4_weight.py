@@ -256,3 +256,16 @@ def test_compile_without_code_generation():
     assert torch.allclose(out, linear(x), atol=1e-6)
     out.sum().backward()
     assert torch.allclose(x.grad, torch.ones(3, 96) @ linear.weight.dequantize(), atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_the_output_may_be_changed_in_place(rows):
+    """Some adapters add to it where it lies."""
+    linear = layer(bias=False)
+    x = torch.randn(rows, 3, 128, requires_grad=True)
+    out = linear(x)
+    out += 1
+    out.square().sum().backward()
+    twin = x.detach().clone().requires_grad_()
+    (functional.linear(twin, linear.weight.dequantize()) + 1).square().sum().backward()
+    assert torch.allclose(x.grad, twin.grad, atol=1e-4)

@@ -58,6 +58,7 @@ class ModelShape:
         return {name: (layer.out_features, layer.in_features) for name, layer in chosen}
 
     def quantize(self, quantizer: Quantizer) -> None:
+        quantizer = quantizer.for_model(self.model, self.bytes_each)
         self.quantizer = quantizer
         for name, (rows, columns) in self.selected(quantizer).items():
             self._compressed[name] = rows * columns * quantizer.estimate_bits((rows, columns)) / 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from compress_peft.errors import ConfigError, ModelError, Problem
 from compress_peft.models import selection
+from compress_peft.models.empty import empty_model
 from compress_peft.models.hf_quantizer import attach
-from compress_peft.models.out_of_core import walk_folder
+from compress_peft.models.out_of_core import ACTIVATIONS_IN_MEMORY, FolderStore, walk_folder
 from compress_peft.models.sparsity import kept_mask, pruned_layers, pruning_pattern
 from compress_peft.models.walk import BlockTurn, BlockWalk, InputStatistics
 from compress_peft.quantization.base import Quantizer
@@ -49,6 +50,8 @@ class QuantizationSummary:
     """(layer, what was unusual), e.g. a damping that had to be raised."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time by kind: quantize (grids, codes and their errors); with calibration also forward and statistics."""
+    plan: dict[str, int] = field(default_factory=dict)
+    """Bits by layer, of methods that distribute them."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -80,8 +83,12 @@ def quantize_model(
     _refuse_without(quantizer, calibration)
     chosen, left_alone = select_layers(model, quantizer)
     check_layers(chosen, quantizer)
-    work = Replacement(quantizer, chosen, _pruned(model, quantizer), shared_parameters(model))
-    needs = quantizer.needs
+    pruned, needs = _pruned(model, quantizer), quantizer.needs
+    plan: Mapping[str, Quantizer] = {}
+    if quantizer.plans:
+        quantizer = quantizer.for_model(model, _bytes_each(model))
+        plan = quantizer.plan(BlockWalk(model, calibration, dict(chosen), progress, needs))
+    work = Replacement(quantizer, chosen, pruned, shared_parameters(model), plan)
     walk = BlockWalk(model, calibration if needs else None, dict(chosen), progress, needs)
     walk.run(work)
     attach(model)
@@ -102,18 +109,40 @@ def quantize_folder(
     """
     _refuse_without(quantizer, calibration)
     left_alone: list[tuple[str, str]] = []
+    plan: Mapping[str, Quantizer] = {}
+    if quantizer.plans:
+        quantizer, plan = _plan_folder(Path(source), Path(target), quantizer, calibration, **options)
 
     def make(model: nn.Module) -> Replacement:
         chosen, others = select_layers(model, quantizer)
         left_alone.extend(others)
         check_layers(chosen, quantizer, values=False)
-        return Replacement(quantizer, chosen, _pruned(model, quantizer), shared_parameters(model))
+        return Replacement(quantizer, chosen, _pruned(model, quantizer), shared_parameters(model), plan)
 
     calibration = calibration if quantizer.needs else None
     work, walk, notes = walk_folder(source, target, make, calibration=calibration, **options)
     assert isinstance(work, Replacement)
     work.notes += [("", note) for note in notes]
     return work.summary(left_alone, walk.seconds if quantizer.needs else {})
+
+
+def _plan_folder(
+    source: Path, target: Path, quantizer: Quantizer, calibration: Tensor | None, **options: Any
+) -> tuple[Quantizer, Mapping[str, Quantizer]]:
+    """The plan from a walk of its own over the folder, which writes nothing but activations that do not fit."""
+    dtype: torch.dtype = options.get("dtype", torch.float32)
+    model = empty_model(source, dtype, options.get("trust_remote_code", False))
+    quantizer = quantizer.for_model(model, dtype.itemsize)
+    chosen, _ = select_layers(model, quantizer)
+    check_layers(chosen, quantizer, values=False)
+    work = Path(options.get("work") or target.with_name(f".{target.name}.partial"))
+    store = FolderStore(model, source, work, options.get("activation_bytes", ACTIVATIONS_IN_MEMORY))
+    walk = BlockWalk(model, calibration, dict(chosen), options.get("progress", True), quantizer.needs, store)
+    return quantizer, quantizer.plan(walk)
+
+
+def _bytes_each(model: nn.Module) -> int:
+    return next(model.parameters()).element_size()
 
 
 def _refuse_without(quantizer: Quantizer, calibration: Tensor | None) -> None:
@@ -140,9 +169,12 @@ class Replacement:
         layers: list[tuple[str, nn.Linear]],
         pruned: Container[str] = (),
         shared: Container[str] = (),
+        plan: Mapping[str, Quantizer] | None = None,
     ):
-        """pruned: names of the layers whose zeros have to stay. shared: of `shared_parameters`."""
+        """pruned: names of the layers whose zeros have to stay. shared: of `shared_parameters`. plan: the quantizers
+        of single layers, where the method gives them."""
         self.quantizer = quantizer
+        self.plan = plan or {}
         self.pruned = pruned
         self.shared = shared
         self.layers = dict(layers)
@@ -175,7 +207,11 @@ class Replacement:
             left_alone=tuple(left_alone),
             notes=tuple(self.notes),
             seconds=self.seconds | seconds,
+            plan=self._bits(),
         )
+
+    def _bits(self) -> dict[str, int]:
+        return {name: int(quantizer.model_dump()["bits"]) for name, quantizer in self.plan.items()}
 
     # What a walk out of core asks for.
 
@@ -185,7 +221,7 @@ class Replacement:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"settings": self.quantizer.model_dump(mode="json")}
+        return {"settings": self.quantizer.model_dump(mode="json")} | ({"plan": self._bits()} if self.plan else {})
 
     def stored_bits(self, shape: tuple[int, int]) -> float:
         return self.quantizer.estimate_bits(shape)
@@ -212,13 +248,14 @@ class Replacement:
             return
         begin = time.monotonic()
         dense = self.layers[name].weight.detach()
+        quantizer = self.plan.get(name, self.quantizer)
         try:
             if ready is not None:
                 quantized = ready
             elif name in self.pruned:
-                quantized = self.quantizer.quantize_pruned(dense, kept_mask(dense), stats)
+                quantized = quantizer.quantize_pruned(dense, kept_mask(dense), stats)
             else:
-                quantized = self.quantizer.quantize(dense, stats)
+                quantized = quantizer.quantize(dense, stats)
         except ModelError as error:
             problems = [Problem(f"{name} ({item.where})", item.what, item.fix) for item in error.problems]
             raise ModelError(problems) from error

@@ -38,8 +38,8 @@ class AWQ(Quantizer):
     The scales are s = (size of the activations) ** alpha; alpha minimises ||Q(W s) (X / s) - W X||, summed over the
     layers that share the input (eq. 4 and 5). The error is measured on all calibration tokens by way of the Hessian,
     not by running the layers on a sample; for the same reason the size is the root mean square, not the mean magnitude.
-    The clipping threshold of each group minimises the error of its own share of the output (the authors' code skips the
-    layers in front of the attention scores there; the measure used here does well on them too).
+    The clipping threshold of each group minimises the error of its own share of the output. All layers are clipped; the
+    authors' code leaves out those in front of the attention scores.
     """
 
     paper: ClassVar[str] = "AWQ, Lin et al. 2023, arXiv 2306.00978"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from compress_peft.models.walk import BlockTurn
+from compress_peft.models.walk import BlockTurn, BlockWalk
 from compress_peft.registry import Method, Registry
 from compress_peft.weights import CompressedWeight
 from compress_peft.weights.affine import affine_spec
@@ -44,6 +44,9 @@ class Quantizer(Method):
     keeps_zeros: ClassVar[bool] = False
     """Whether a pruned layer stays pruned (`quantize_pruned`); other methods are refused after pruning."""
 
+    plans: ClassVar[bool] = False
+    """Whether a walk over the unchanged model comes first, in which `plan` gives each layer a quantizer of its own."""
+
     method: str
 
     targets: tuple[str, ...] = ("*",)
@@ -71,6 +74,15 @@ class Quantizer(Method):
         for parameters in `shared`: full names of those that stand at several places of the model.
         """
         return Prepared()
+
+    def plan(self, walk: BlockWalk) -> Mapping[str, Quantizer]:
+        """The quantizers of single layers, by full name; asked for only where `plans` is set. walk: has calibration,
+        and the layers that are to be quantized; nothing may be changed in it."""
+        return {}
+
+    def for_model(self, model: nn.Module, each: int) -> Quantizer:
+        """The same with settings that refer to the whole model worked out. each: bytes of a weight that stays."""
+        return self
 
     def estimate_bits(self, shape: tuple[int, int]) -> float:
         """Bits per weight of a layer (out, in), all storage counted."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -23,6 +25,8 @@ from compress_peft.quantization import QUANTIZERS, quantize_folder, quantize_mod
 from compress_peft.quantization.apply import list_names, select_layers
 from compress_peft.quantization.base import affine_bits
 from compress_peft.quantization.head import HeadBits, QuantizedHead, head_group, quantize_head
+from compress_peft.quantization.mixed import Mixed
+from compress_peft.quantization.quarot import rotate_model, rotation_problems
 from pipelines.calibration import calibration_text, check_calibration, overlap_notes, walk_bytes
 from pipelines.plan import ModelShape, StepEstimate
 from pipelines.state import RunState
@@ -41,6 +45,10 @@ class Quantize(Step):
     """true: load, quantize and write one block at a time, so that the model never has to fit into memory; a killed run
     goes on at the block where it stopped. The result is the same, bit for bit. auto: when the dense model would take
     more than half of the memory that is available. On CPUs only."""
+    rotate: bool = False
+    """true: rotate the model first (QuaRot), which spreads outliers over all channels; the model stays the same
+    function. For models with blocks like Llama's, in memory. A head that is tied to the embedding becomes one of its
+    own."""
     head_bits: HeadBits | None = None
     """4 or 8: round the output head to integers too, and with it the token embedding where both are one weight. In a
     small model the head is most of what is left, in bytes and in the time of a token. null: it stays as it is."""
@@ -59,11 +67,26 @@ class Quantize(Step):
     def _nest(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        own = {key: value for key, value in values.items() if key in ("out_of_core", "head_bits")}
-        return nest({key: value for key, value in values.items() if key not in own}, "quantizer") | own
+        own = {key: value for key, value in values.items() if key in ("out_of_core", "rotate", "head_bits")}
+        rest = {key: value for key, value in values.items() if key not in own}
+        if "method" in rest:  # also where the method has a setting of this name
+            return {"step": rest.pop("step", None), "quantizer": rest} | own
+        return nest(rest, "quantizer") | own
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.rotate and self.out_of_core is True:
+            raise ValueError("rotate needs the whole model in memory: leave out_of_core out, or rotate")
+        if isinstance(self.quantizer, Mixed) and self.quantizer.in_bytes and self.head_bits is not None:
+            raise ValueError("a budget in bytes counts the head as it is: with head_bits give the budget in bits")
+        return self
 
     def check_against(self, earlier: list[Step], where: str) -> list[Problem]:
-        if self.quantizer.keeps_zeros or not any("pruned" in step.states_added() for step in earlier):
+        if not any("pruned" in step.states_added() for step in earlier):
+            return []
+        if self.rotate:
+            return [Problem(f"{where}.rotate", "would fill the zeros of the pruned model", "leave rotate out")]
+        if self.quantizer.keeps_zeros:
             return []
         fix = f"use one of: {', '.join(name for name in QUANTIZERS if QUANTIZERS[name].keeps_zeros)}"
         what = f'"{self.quantizer.method}" would fill the zeros of the pruned model'
@@ -76,7 +99,8 @@ class Quantize(Step):
         blocks, calibration = self._calibration(state)
         notes = [] if blocks is None else self._overlap(state, blocks)
         work = folder / "checkpoints" / "walk"  # what stands under this name survives a kill
-        out_of_core = goes_out_of_core(self.out_of_core, state, work, notes, "quantized")
+        setting = False if self.rotate else self.out_of_core
+        out_of_core = goes_out_of_core(setting, state, work, notes, "quantized")
         for _, note in notes:
             print(f"warning: {note}", file=sys.stderr, flush=True)
         if out_of_core:
@@ -96,9 +120,15 @@ class Quantize(Step):
             head = self._head_of_folder(target, folder / "model", state)
         else:
             model, tokenizer = state.model()
+            if self.rotate:
+                notes += [("rotate", note) for note in rotate_model(model)]
             summary = quantize_model(model, self.quantizer, blocks)
             head = quantize_head(model, self.head_bits) if self.head_bits is not None else None
             save_model(model, folder / "model", tokenizer)
+        if summary.plan:
+            counts = Counter(summary.plan.values())
+            parts = ", ".join(f"{number} layers at {bits} bits" for bits, number in sorted(counts.items()))
+            print(f"plan: {parts}; {summary.bits_per_weight:.3f} bits per weight with scales and zeros", flush=True)
         facts = asdict(summary) | {
             "bits_per_weight": summary.bits_per_weight,
             "relative_error": summary.relative_error,
@@ -136,6 +166,9 @@ class Quantize(Step):
     def check(self, shape: ModelShape, where: str) -> list[Problem]:
         needs = self.quantizer.needs
         problems = check_calibration(self.quantizer.calibration, shape, where) if needs else []
+        if self.rotate:
+            found = rotation_problems(shape.model)
+            problems += [Problem(f"{where}.rotate ({item.where})", item.what, item.fix) for item in found]
         return [*problems, *self._check_layers(shape, where)]
 
     def _check_layers(self, shape: ModelShape, where: str) -> list[Problem]:
@@ -152,7 +185,9 @@ class Quantize(Step):
 
     def estimate(self, shape: ModelShape) -> StepEstimate:
         before = shape.weight_bytes()
-        if self.out_of_core is True or (
+        if self.rotate:
+            self._untie(shape)
+        elif self.out_of_core is True or (
             self.out_of_core == "auto" and prefers_out_of_core(shape.model, shape.bytes_each)
         ):
             return self._estimate_blocks(shape, before)
@@ -174,7 +209,7 @@ class Quantize(Step):
         needed = estimate_walk(
             shape.model,
             dict(select_layers(shape.model, self.quantizer)[0]),
-            self.quantizer.estimate_bits,
+            self.quantizer.for_model(shape.model, shape.bytes_each).estimate_bits,
             shape.bytes_each,
             (settings.samples, settings.length) if settings else (0, 0),
             self.quantizer.needs,
@@ -184,6 +219,13 @@ class Quantize(Step):
         self._shrink_head(shape)
         note = f"{before / shape.weight_bytes():.1f}x smaller; block by block, the whole model is never in memory"
         return StepEstimate(memory=needed.memory, disk=needed.disk, note=note)
+
+    def _untie(self, shape: ModelShape) -> None:
+        """Count the head that a rotation makes out of a tied one."""
+        head, embedding = shape.model.get_output_embeddings(), shape.model.get_input_embeddings()
+        if head.weight is embedding.weight:
+            head.weight = nn.Parameter(torch.empty_like(head.weight))
+            shape.parameters += head.weight.numel()
 
     def _shrink_head(self, shape: ModelShape) -> None:
         """Count the head's bytes as they will be."""

@@ -1,13 +1,15 @@
-"""`step: prune`: set weights of linear layers to zero, one by one or n of every m."""
+"""`step: prune`: set weights of linear layers to zero, one by one or n of every m, or take out whole structures."""
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Discriminator, model_validator
 from torch import nn
 
 from compress_peft.errors import ModelError, Problem
@@ -16,30 +18,38 @@ from compress_peft.models.out_of_core import ACTIVATIONS_IN_MEMORY
 from compress_peft.models.save import save_model
 from compress_peft.models.selection import select_layers
 from compress_peft.pruning import PRUNERS, prune_folder, prune_model
+from compress_peft.pruning.structured import SHRINKERS, Shrinker
 from compress_peft.quantization.apply import list_names
 from pipelines.calibration import calibration_text, check_calibration, overlap_notes, walk_bytes
 from pipelines.plan import ModelShape, StepEstimate
+from pipelines.shrinking import check_shrink, estimate_shrink, run_shrink
 from pipelines.state import RunState
 from pipelines.steps.base import STEPS, Step, StepResult
 from pipelines.steps.quantize import goes_out_of_core
 from pipelines.validation import nest
 
+METHODS = Annotated[
+    functools.reduce(operator.or_, [registry[name] for registry in (PRUNERS, SHRINKERS) for name in registry]),
+    Discriminator("method"),
+]
+
 
 @STEPS.register
 class Prune(Step):
-    """Set weights of the linear layers in the decoder blocks to zero; every later step keeps them so.
+    """Set weights of the linear layers in the decoder blocks to zero; every later step keeps them so. The
+    structured methods (shortgpt, llm_pruner, flap, minitron) make the model physically smaller instead.
 
     Several prune steps after each other, with finetune and merge steps between them, make a gradual schedule: weights
     that are zero stay zero.
     """
 
     step: Literal["prune"] = "prune"
-    pruner: PRUNERS.union()  # type: ignore[valid-type]
+    pruner: METHODS  # type: ignore[valid-type]
     """The method and its settings, written beside `step`."""
     out_of_core: bool | Literal["auto"] = "auto"
     """true: load, prune and write one block at a time, so that the model never has to fit into memory; a killed run
     goes on at the block where it stopped. The result is the same, bit for bit. auto: when the dense model would take
-    more than half of the memory that is available. On CPUs only."""
+    more than half of the memory that is available. On CPUs only; structured methods do without."""
 
     forbids: ClassVar[dict[str, str]] = {
         "quantized": "the model is quantized already, and codes are not chosen anew -> put prune before quantize",
@@ -53,6 +63,8 @@ class Prune(Step):
     @classmethod
     def added_by(cls, raw: dict[str, Any]) -> frozenset[str]:
         name = raw.get("method")
+        if name in list(SHRINKERS):
+            return frozenset({"shrunk"})
         quantizes = name in list(PRUNERS) and PRUNERS[name].quantizes(raw)
         return cls.adds | {"quantized"} if quantizes else cls.adds
 
@@ -65,10 +77,14 @@ class Prune(Step):
         return nest({key: value for key, value in values.items() if key not in own}, "pruner") | own
 
     def label(self) -> str:
+        if isinstance(self.pruner, Shrinker):
+            return f"shrunk ({self.pruner.method} {100 * self.pruner.sparsity:g}%)"
         amount = self.pruner.pattern or f"{100 * self.pruner.sparsity:g}%"
         return f"pruned ({self.pruner.method} {amount})"
 
     def run(self, state: RunState, folder: Path) -> StepResult:
+        if isinstance(self.pruner, Shrinker):
+            return run_shrink(self.pruner, state, folder)
         blocks, calibration, notes = None, None, []
         if self.pruner.calibrates:
             blocks, calibration = calibration_text(state, self.pruner.calibration)
@@ -102,12 +118,27 @@ class Prune(Step):
         }
         return StepResult(backbone=state.relative(folder / "model"), facts=facts)
 
+    def check_against(self, earlier: list[Step], where: str) -> list[Problem]:
+        if not isinstance(self.pruner, Shrinker):
+            return []
+        problems = []
+        if any("pruned" in step.states_added() for step in earlier):
+            what = f'"{self.pruner.method}" cannot follow a step that prunes single weights'
+            problems.append(Problem(where, what, "put it before that step"))
+        if self.out_of_core is True:
+            what = f'"{self.pruner.method}" needs the whole model in memory'
+            problems.append(Problem(f"{where}.out_of_core", what, "leave it out"))
+        return problems
+
     def requires_data(self) -> str | None:
-        if not self.pruner.calibrates or self.pruner.calibration.text is not None:
+        calibrates = isinstance(self.pruner, Shrinker) or self.pruner.calibrates
+        if not calibrates or self.pruner.calibration.text is not None:
             return None
         return f'"{self.pruner.method}" calibrates on the training split (or on calibration: {{text: FILE}})'
 
     def check(self, shape: ModelShape, where: str) -> list[Problem]:
+        if isinstance(self.pruner, Shrinker):
+            return check_shrink(self.pruner, shape, where)
         problems = check_calibration(self.pruner.calibration, shape, where) if self.pruner.calibrates else []
         try:
             selected = self._selected(shape)
@@ -121,6 +152,8 @@ class Prune(Step):
         return problems + [Problem(f"{where} ({list_names(names)})", reason, fix) for reason, names in reasons.items()]
 
     def estimate(self, shape: ModelShape) -> StepEstimate:
+        if isinstance(self.pruner, Shrinker):
+            return estimate_shrink(self.pruner, shape)
         size, selected = shape.weight_bytes(), self._selected(shape)
         weights = sum(layer.weight.numel() for layer in selected.values())
         note = f"{len(selected)} layers, about {self.pruner.sparsity * weights:,.0f} weights become zero"

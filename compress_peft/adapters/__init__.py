@@ -2,6 +2,7 @@
 
 from compress_peft.adapters.adalora import AdaLora
 from compress_peft.adapters.adamix import AdaMix
+from compress_peft.adapters.adaptive_prefix import AdaptivePrefixTuning
 from compress_peft.adapters.alphatuning import AlphaTuning
 from compress_peft.adapters.base import ADAPTERS, Adapter, ParameterCount, trainable_parameters
 from compress_peft.adapters.bitfit import BitFit
@@ -30,8 +31,11 @@ from compress_peft.adapters.lt_sft import LTSFT
 from compress_peft.adapters.mam import MAM
 from compress_peft.adapters.merge_aware import MergeAwareLora
 from compress_peft.adapters.oft import OFT
+from compress_peft.adapters.p_tuning import PTuning
 from compress_peft.adapters.para import Para
+from compress_peft.adapters.prefix_propagation import PrefixPropagation
 from compress_peft.adapters.prefix_tuning import LlamaAdapter, PrefixTuning
+from compress_peft.adapters.prompt_tuning import PromptTuning
 from compress_peft.adapters.qa_lora import QALora
 from compress_peft.adapters.randlora import RandLora
 from compress_peft.adapters.relora import ReLora
@@ -55,6 +59,7 @@ __all__ = [
     "AdaLora",
     "AdaMix",
     "Adapter",
+    "AdaptivePrefixTuning",
     "AlphaTuning",
     "BitFit",
     "Compacter",
@@ -80,12 +85,15 @@ __all__ = [
     "Lora",
     "MergeAwareLora",
     "PHMAdapter",
+    "PTuning",
     "Para",
     "Parallel",
     "ParameterCount",
     "Peft",
     "Pfeiffer",
+    "PrefixPropagation",
     "PrefixTuning",
+    "PromptTuning",
     "QALora",
     "RandLora",
     "ReLora",

@@ -16,7 +16,7 @@ from compress_peft.errors import ConfigError, Problem, did_you_mean
 
 PROMPTS = "it adds virtual tokens to the text, which the evaluation of candidates with a shared cache does not know of"
 REFUSED = {
-    **dict.fromkeys(("prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt"), PROMPTS),
+    **dict.fromkeys(("multitask_prompt_tuning", "cpt"), PROMPTS),
     "cartridge": PROMPTS,
     "adaption_prompt": "its wrappers hide the backbone's layers, so that backbone and adapter cannot be saved apart",
     "xlora": "it mixes LoRA adapters that were trained before, and a recipe has none",

@@ -20,5 +20,7 @@ WRITE_INSTEAD = {
     "full_finetuning": "write method: full",
     "layernorm": "write method: ln_tuning",
     "intrinsic_said": "write method: said",
+    "spot": "write method: prompt_tuning with init_from: the folder of a trained prompt",
+    "p_tuning_v2": "write method: prefix_tuning with hidden: 0",
 }
 """Name -> what to write."""

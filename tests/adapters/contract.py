@@ -52,6 +52,10 @@ SMALL: dict[str, list[dict[str, Any]]] = {
     "krona_b": [{}, {"residual": False}],
     "prefix_tuning": [{"length": 4}, {"length": 4, "hidden": 12}],
     "llama_adapter": [{"length": 4}],
+    "prompt_tuning": [{"length": 4}],
+    "adaptive_prefix_tuning": [{"length": 4}],
+    "p_tuning": [{"length": 4, "hidden": 6}],
+    "prefix_propagation": [{"length": 4}],
     "mam": [{"r": 8, "length": 4, "hidden": 12}],
     "layers": [
         {"layers": {"0": {"method": "lora", "r": 2}, "1": [{"method": "pfeiffer", "r": 4}, {"method": "lora"}]}},

@@ -279,7 +279,7 @@ def test_parallel_reads_the_input_of_an_mlp_that_is_no_module():
         ("peft", {"type": "miss", "settings": {"mini_rr": 1}}, 'did you mean "mini_r"'),
         ("peft", {"type": "miss", "settings": {"target_modules": ["q_prj"]}}, 'did you mean "q_proj"'),
         ("peft", {"type": "lora"}, "write method: lora"),
-        ("peft", {"type": "prompt_tuning"}, "virtual tokens"),
+        ("peft", {"type": "cpt"}, "virtual tokens"),
         ("peft", {"type": "prefix_tuning"}, "write method: prefix_tuning"),
         ("krona", {"a_shape": (5, 4)}, "does not divide the weight's shape"),
         ("llama_adapter", {"layers": 3}, "3 of 2 blocks"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compress_peft.errors import DataError
-from eval.records import Accuracy, HarnessScore, StageRecord
+from eval.records import Accuracy, HarnessScore, StageRecord, TextScore
 from eval.significance import compare_accuracy, compare_perplexity
 
 NOT_MEASURED = "n/a"
@@ -48,6 +48,12 @@ def harness_text(score: HarnessScore) -> tuple[str, str]:
     size = f", n = {score.n}" if score.n else ""
     error = "" if score.stderr is None else f" ± {score.stderr:.4g} (standard error)"
     return f"lm-eval {score.task}: {score.metric}{shots}{size}", f"{score.value:.4g}{error}"
+
+
+def text_score(score: TextScore) -> tuple[str, str]:
+    """What was scored, and the value with its interval."""
+    task = f", {score.task}" if score.task else ""
+    return f"{score.metric}{task}", f"{score.value:.1%} ({score.low * 100:.1f} to {score.high * 100:.1f})"
 
 
 def accuracy_text(score: Accuracy) -> str:

@@ -77,6 +77,25 @@ class Accuracy(Record):
         )
 
 
+class TextScore(Record):
+    """A graded score of generated text, e.g. BLEU-4 or ROUGE-L."""
+
+    metric: str
+    task: str = ""
+    n: int
+    """Number of examples."""
+    value: float
+    low: float
+    """Lower end of the bootstrap interval over examples."""
+    high: float
+    confidence: float = 0.95
+    scores: tuple[float, ...]
+    """Of each example; for BLEU the sentence scores, whose mean is not the corpus score."""
+    protocol: str
+    references_sha256: str
+    """Checksum of the references: two figures compare only where it is equal."""
+
+
 class Perplexity(Record):
     """exp(mean negative log-likelihood) of held-out text in independent blocks."""
 
@@ -189,6 +208,8 @@ class StageRecord(Record):
     """e.g. "original", "compressed", "fine-tuned", "merged (bundle)", "exported"."""
     accuracies: tuple[Accuracy, ...] = ()
     """The first one is the run's main metric."""
+    texts: tuple[TextScore, ...] = ()
+    """Graded scores of generated answers."""
     perplexity: Perplexity | None = None
     harness: tuple[HarnessScore, ...] = ()
     storage: Storage | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from compress_peft.errors import DataError, Problem
-from eval.records import Accuracy, Perplexity, Record
+from eval.records import Accuracy, Perplexity, Record, TextScore
 
 
 class AccuracyComparison(Record):
@@ -94,6 +94,54 @@ def compare_perplexity(before: Perplexity, after: Perplexity) -> PerplexityCompa
         interval = test.confidence_interval(0.95)
         low, high, p_value = float(interval.low), float(interval.high), float(test.pvalue)
     return PerplexityComparison(ratio=_exp(mean), low=_exp(low), high=_exp(high), p_value=p_value)
+
+
+class TextComparison(Record):
+    """Graded scores `after` against `before`, on the same examples."""
+
+    difference: float
+    """Mean of the per-example differences (for BLEU: of sentence scores)."""
+    low: float
+    """95% bootstrap interval of the mean difference."""
+    high: float
+    n: int
+    p_value: float
+    """Sign-flip permutation test of the mean difference, two-sided."""
+
+
+def compare_text(before: TextScore, after: TextScore, resamples: int = 2000) -> TextComparison:
+    """Paired bootstrap interval and permutation test over the examples.
+
+    Raises:
+        DataError: the two were not measured on the same references by the same metric.
+    """
+    import numpy as np
+    from scipy.stats import bootstrap, permutation_test
+
+    keys = [(score.metric, score.protocol, score.references_sha256, score.n) for score in (before, after)]
+    if keys[0] != keys[1]:
+        what = f"cannot be paired: {before.n} and {after.n} examples, or different references or protocols"
+        raise DataError(
+            Problem(f"{before.metric} and {after.metric}", what, "compare runs on the same test split and metric")
+        )
+    differences = np.array(after.scores) - np.array(before.scores)
+    mean = low = high = float(differences.mean())
+    p_value = 1.0
+    if differences.any():
+        test = permutation_test(
+            (differences,),
+            np.mean,
+            permutation_type="samples",
+            n_resamples=resamples,
+            rng=np.random.default_rng(0),
+        )
+        p_value = float(test.pvalue)
+    if len(set(differences.tolist())) > 1:
+        interval = bootstrap(
+            (differences,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(0)
+        ).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    return TextComparison(difference=mean, low=low, high=high, n=before.n, p_value=p_value)
 
 
 def _exp(value: float) -> float:

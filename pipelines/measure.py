@@ -9,12 +9,15 @@ from typing import Any
 
 from compress_peft.errors import DataError, Problem
 from eval.choices import evaluate_choices
-from eval.generation import exact_match, generate_answers, gsm8k_accuracy
+from eval.generation import generate_answers
 from eval.perplexity import perplexity
 from eval.profile import ProfileSettings, profile_folder
-from eval.records import Accuracy, HarnessScore, Latency, Memory, Perplexity, StageRecord
+from eval.records import Accuracy, HarnessScore, Latency, Memory, Perplexity, StageRecord, TextScore
 from eval.storage import folder_bytes, measure_storage
+from eval.text_metrics import score_answers
 from pipelines.state import RunState
+
+DEFAULT_METRIC = {"text": "exact_match", "gsm8k": "gsm8k"}
 
 
 def measure(state: RunState, name: str, quality_only: bool = False) -> StageRecord:
@@ -40,9 +43,11 @@ def measure(state: RunState, name: str, quality_only: bool = False) -> StageReco
         memory, latency = profile_folder(state.backbone, wanted, adapter=state.adapter)
     model, tokenizer = state.model()
     storage = measure_storage(model).model_copy(update={"disk_bytes": sum(folder_bytes(path) for path in folders)})
+    accuracies, texts = _task_scores(state, model, tokenizer)
     return StageRecord(
         name=name,
-        accuracies=_task_scores(state, model, tokenizer),
+        accuracies=accuracies,
+        texts=texts,
         perplexity=_perplexity(state, model, tokenizer),
         harness=_harness(state, model, tokenizer),
         storage=storage,
@@ -52,18 +57,18 @@ def measure(state: RunState, name: str, quality_only: bool = False) -> StageReco
     )
 
 
-def _task_scores(state: RunState, model: Any, tokenizer: Any) -> tuple[Accuracy, ...]:
+def _task_scores(state: RunState, model: Any, tokenizer: Any) -> tuple[tuple[Accuracy, ...], tuple[TextScore, ...]]:
     settings = state.recipe.evaluate.task
     if settings is None or state.recipe.data is None:
-        return ()
+        return (), ()
     examples = state.data().test[: settings.limit]
     length, task = state.data_settings().max_length, state.data().origin.name
-    if examples[0].choices:
+    if examples[0].choices and settings.metrics is None:
         scores = evaluate_choices(
             model, tokenizer, examples, batch_size=settings.batch_size, max_length=length, task=task
         )
         lengths = {len(tokenizer(choice, add_special_tokens=False).input_ids) for choice in examples[0].choices}
-        return scores if len(lengths) > 1 else scores[:1]  # equal lengths: normalization changes nothing
+        return (scores if len(lengths) > 1 else scores[:1]), ()  # equal lengths: normalization changes nothing
     answers = generate_answers(
         model,
         tokenizer,
@@ -72,9 +77,7 @@ def _task_scores(state: RunState, model: Any, tokenizer: Any) -> tuple[Accuracy,
         batch_size=settings.batch_size,
         max_length=length + settings.max_new_tokens,
     )
-    if settings.answer == "gsm8k":
-        return (gsm8k_accuracy(answers, examples, "strict"), gsm8k_accuracy(answers, examples, "flexible"))
-    return (exact_match(answers, examples, task),)
+    return score_answers(answers, examples, settings.metrics or (DEFAULT_METRIC[settings.answer],), task)
 
 
 def _perplexity(state: RunState, model: Any, tokenizer: Any) -> Perplexity | None:

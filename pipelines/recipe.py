@@ -59,6 +59,11 @@ class TaskEvaluation(Section):
     """For tasks without choices."""
     answer: Literal["text", "gsm8k"] = "text"
     """How a generated answer is compared: the whole text (normalized), or the number that GSM8K asks for."""
+    metrics: tuple[Literal["exact_match", "f1", "gsm8k", "bleu", "rouge_l"], ...] | None = Field(
+        default=None, min_length=1
+    )
+    """Scores of generated answers, also for tasks with choices; default: what suits the task (see `answer`,
+    which this replaces)."""
 
 
 class PerplexityEvaluation(Section):

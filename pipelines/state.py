@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,9 @@ from compress_peft.data.build import DataSettings, TaskData, build_data
 from compress_peft.loading import choose_device, choose_dtype, load
 from compress_peft.models.sources import ResolvedModel
 from compress_peft.training.batches import Batch, batches, encode_all
-from pipelines.steps.base import StepResult
+
+if TYPE_CHECKING:
+    from pipelines.steps.base import StepResult
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,6 +22,7 @@ from eval.columns import (
     seconds_text,
     signed,
     table_rows,
+    text_score,
 )
 from eval.records import RunReport, StageRecord
 from pipelines.report.merges import merge_rows
@@ -68,7 +69,8 @@ def build_view(report: RunReport) -> View:
             for stage in report.stages
             for score in stage.accuracies[1:]
         )
-        + tuple((stage.name, *harness_text(score)) for stage in report.stages for score in stage.harness),
+        + tuple((stage.name, *harness_text(score)) for stage in report.stages for score in stage.harness)
+        + tuple((stage.name, *text_score(score)) for stage in report.stages for score in stage.texts),
         protocol=_protocol(report),
         storage=tuple((stage.name, _storage_text(stage)) for stage in report.stages if stage.storage),
         facts=_facts(report),

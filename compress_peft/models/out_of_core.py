@@ -51,6 +51,10 @@ class Job(Protocol):
         """Statistics, as `BlockWalk` takes them."""
 
     @property
+    def copies(self) -> tuple[float, bool]:
+        """Of a block's weights, and whether its activations are kept, as `estimate_walk` takes them."""
+
+    @property
     def identity(self) -> dict[str, Any]:
         """JSON: what must be equal for a walk to go on where another one stopped."""
 
@@ -300,7 +304,8 @@ def walk_folder(
     store = FolderStore(model, source, work, activation_bytes)
     job = make_job(model)
     tokens = (0, 0) if calibration is None else (calibration.shape[0], calibration.shape[1])
-    needed = estimate_walk(model, job.layers, job.stored_bits, dtype.itemsize, tokens, job.needs, activation_bytes)
+    each, limit = dtype.itemsize, activation_bytes
+    needed = estimate_walk(model, job.layers, job.stored_bits, each, tokens, job.needs, limit, *job.copies)
     store.read_progress(_identity(store, job, dtype, calibration))
     check_room(needed, work, sum((store.folder / entry["file"]).stat().st_size for entry in store.done.values()))
     if "" not in store.done:

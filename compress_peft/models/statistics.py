@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from compress_peft.errors import ModelError, Problem
 from compress_peft.tensors.sweep import add_gram, mirror
 
-NEEDS = ("inputs", "norms", "hessian", "drift")
-"""What a consumer may ask for; "inputs" alone spares the pass for statistics, "norms" (or nothing) gives only what is
-always there."""
+NEEDS = ("inputs", "targets", "norms", "hessian", "drift")
+"""What a consumer may ask for; "inputs" and "targets" alone spare the pass for statistics, "norms" (or nothing) gives
+only what is always there."""
 
 
 @dataclass

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from compress_peft.errors import DataError, ModelError, Problem
+from compress_peft.models.heap import trim_heap
 from compress_peft.models.layers import decoder_layers, is_encoder_decoder
 from compress_peft.models.statistics import NEEDS, Collector, Stop
 from compress_peft.models.statistics import InputStatistics as InputStatistics
@@ -41,9 +42,11 @@ class BlockTurn:
     """The wanted layers of the block, by full name."""
     statistics: dict[str, InputStatistics]
     """By full name of the layer, in the order in which the block calls them. Empty if there is no calibration, or only
-    "inputs" were asked for. A consumer may drop entries to free them."""
+    "inputs" or "targets" were asked for. A consumer may drop entries to free them."""
     inputs: Sequence[Tensor]
     """Hidden states into the block, by chunk (rows, length, hidden). Not to be changed."""
+    targets: Sequence[Tensor]
+    """By chunk, what the block puts out in the unchanged model; empty unless "targets" were asked for."""
     run: Callable[[Tensor], Tensor]
     """The block's output for one such chunk, with its masks and position embeddings, as the block is at the time of the
     call. Gradients flow if they are on."""
@@ -139,7 +142,7 @@ class BlockWalk:
                 return
             states, arguments = self._first_inputs()
             originals = self.store.activations()
-            if "drift" in self.needs:
+            if self.needs & {"drift", "targets"}:
                 originals.extend(states)
             bar = tqdm(self.blocks, desc="block walk", unit="block", disable=not self.progress)
             for index, (name, block) in enumerate(bar):
@@ -152,12 +155,15 @@ class BlockWalk:
                 wanted = {key: layer for key, layer in self.layers.items() if key.startswith(name + ".")}
                 self.store.load(name, original=True)
                 found = self._collect(wanted, run, states, originals)
-                if advance:
+                trim_heap()  # of what passed through the block
+                if advance or "targets" in self.needs:
                     self._advance(run, originals)
-                yield BlockTurn(name, block, wanted, found, states, run)
+                targets = originals if "targets" in self.needs else ()
+                yield BlockTurn(name, block, wanted, found, states, targets, run)
                 if advance:
                     self._advance(run, states)
                 self.store.free(name)
+                trim_heap()
         finally:
             self.model.train(was_training)
 
@@ -209,13 +215,13 @@ class BlockWalk:
         originals: Sequence[Tensor],
     ) -> dict[str, InputStatistics]:
         """The statistics of the wanted layers, in the order in which the block calls them; then those never called."""
-        if not wanted or not self.chunks or self.needs == {"inputs"}:
+        if not wanted or not self.chunks or (self.needs and self.needs <= {"inputs", "targets"}):
             return {}
         begin, before = time.monotonic(), self.seconds["statistics"]
         collector = Collector(wanted, self.needs, self.seconds)
         try:
             for index in range(len(states)):
-                if len(originals):
+                if "drift" in self.needs:
                     collector.watch_original()
                     _ended(run, originals[index])
                 collector.start()

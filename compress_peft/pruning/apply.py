@@ -189,6 +189,10 @@ class Pruning(LayerJob[PrunedLayer]):
         return self.pruner.needs
 
     @property
+    def copies(self) -> tuple[float, bool]:
+        return self.pruner.block_copies, self.pruner.keeps_activations
+
+    @property
     def identity(self) -> dict[str, Any]:
         return {"settings": self.pruner.model_dump(mode="json")}
 

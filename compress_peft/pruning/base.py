@@ -25,6 +25,13 @@ class Pruner(Method):
     needs: ClassVar[tuple[str, ...]] = ()
     """What the method asks of the walk (compress_peft.models.walk.NEEDS)."""
 
+    block_copies: ClassVar[float] = 1.25
+    """Copies of the weights of a block, float32, that are held at once beside them: the pruned ones and their masks,
+    all of which are there before the first is replaced."""
+
+    keeps_activations: ClassVar[bool] = False
+    """Whether all activations of a block are held at once, for a backward pass or to compare them."""
+
     method: str
 
     sparsity: float = Field(default=0.5, ge=0, lt=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress_peft.models.walk import InputStatistics
 from compress_peft.pruning.base import PRUNERS, Pruner, Sparsity
-from compress_peft.tensors import affine
+from compress_peft.tensors.grid_search import search_grid
 from compress_peft.tensors.masks import Pattern, parse_pattern, select
 from compress_peft.tensors.sweep import BLOCK_COLUMNS, INNER_COLUMNS, inverse_factor, sweep
 from compress_peft.weights import AffineWeight
@@ -72,7 +72,7 @@ class SparseGPT(Pruner):
         cost = torch.where(stats.square_sum > 0, factor.diagonal().square(), torch.inf)
         gone = weight == 0
         mask = torch.empty_like(gone)
-        grid = _Grid(self.quantize, weight) if self.quantize is not None else None
+        grid = _Grid(self.quantize, weight, stats.square_sum) if self.quantize is not None else None
 
         def compress(index: int, current: Tensor) -> Tensor:
             if index % step == 0:
@@ -123,9 +123,9 @@ class SparseGPT(Pruner):
 class _Grid:
     """The codes and grids of a weight that is quantized column by column; each group's grid is found at its turn."""
 
-    def __init__(self, settings: JointQuantization, weight: Tensor):
+    def __init__(self, settings: JointQuantization, weight: Tensor, inputs: Tensor):
         rows, columns = weight.shape
-        self.settings = settings
+        self.settings, self.inputs = settings, inputs
         self.size = settings.group_size or columns
         self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
         self.scales = torch.empty(columns // self.size, rows, device=weight.device)
@@ -136,9 +136,8 @@ class _Grid:
         group, place = divmod(index, self.size)
         dtype = dtype_from_name(self.settings.scale_dtype)
         if place == 0:
-            found = affine.find_grid(
-                current[:, : self.size].contiguous(), self.settings.bits, None, self.settings.symmetric, dtype
-            )
+            part, inputs = current[:, : self.size].contiguous(), self.inputs[index : index + self.size]
+            found = search_grid(part, inputs, self.settings.bits, None, self.settings.symmetric, dtype)
             self.scales[group], self.zeros[group] = found[0][:, 0], found[1][:, 0]
         scale, zero = self.scales[group], self.zeros[group]
         code = torch.div(column, scale).add_(zero).round_().clamp_(0, 2**self.settings.bits - 1)

@@ -212,6 +212,10 @@ class Replacement(LayerJob[QuantizedLayer]):
         return self.quantizer.needs
 
     @property
+    def copies(self) -> tuple[float, bool]:
+        return self.quantizer.block_copies, self.quantizer.keeps_activations
+
+    @property
     def identity(self) -> dict[str, Any]:
         return {"settings": self.quantizer.model_dump(mode="json")} | ({"plan": self._bits()} if self.plan else {})
 

@@ -38,13 +38,16 @@ class AutoRound(Quantizer):
 
     V, one per weight in [-0.5, 0.5], and the factors alpha and beta in [0, 1] on each group's largest and smallest
     weight go the way of the sign of their gradients, straight through the roundings. The loss is the mean squared
-    change of the block's output, for inputs from the quantized blocks before. (The authors' code compares with the
-    output for the inputs of the unchanged model.) The best of all steps is kept, where a step counts by its loss over
-    that of rounding to nearest on the same batch, so that an easy batch is not taken for a good step.
+    distance of the block's output, for inputs from the quantized blocks before, to what the block puts out in the
+    unchanged model, so that a block makes up for the errors of those before it. The best of all steps is kept, where a
+    step counts by its loss over that of rounding to nearest on the same batch, so that an easy batch is not taken for a
+    good step.
     """
 
     paper: ClassVar[str] = "AutoRound (SignRound), Cheng et al. 2023, arXiv 2309.05516"
-    needs: ClassVar[tuple[str, ...]] = ("inputs",)
+    needs: ClassVar[tuple[str, ...]] = ("inputs", "targets")
+    block_copies: ClassVar[float] = 7
+    keeps_activations: ClassVar[bool] = True
 
     method: Literal["autoround"] = "autoround"
 
@@ -103,9 +106,8 @@ class AutoRound(Quantizer):
     def train(self, turn: BlockTurn, rounding: dict[str, Rounding]) -> float:
         """Leave the best values in rounding; returns their loss over that of rounding to nearest, all samples."""
         block = _Block(turn)
-        inputs = turn.inputs
+        inputs, wanted = turn.inputs, turn.targets
         with torch.no_grad():
-            wanted = [turn.run(states) for states in inputs]
             plain = block.losses(rounding, inputs, wanted)
         iters, lr = self.schedule
         tuned = [tensor for found in rounding.values() for tensor in found.tuned(self.clip)]
@@ -244,7 +246,7 @@ class _Block(nn.Module):
         output = functional_call(self, weights, (states,))
         return nn.functional.mse_loss(output.float(), wanted.float())
 
-    def losses(self, rounding: dict[str, Rounding], inputs: Sequence[Tensor], wanted: list[Tensor]) -> list[float]:
+    def losses(self, rounding: dict[str, Rounding], inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
         """By chunk."""
         return [float(self.loss(rounding, *pair)) for pair in zip(inputs, wanted, strict=True)]
 

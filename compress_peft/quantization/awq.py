@@ -44,6 +44,7 @@ class AWQ(Quantizer):
 
     paper: ClassVar[str] = "AWQ, Lin et al. 2023, arXiv 2306.00978"
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
+    keeps_activations: ClassVar[bool] = True
     keeps_zeros: ClassVar[bool] = True
 
     method: Literal["awq"] = "awq"

@@ -52,6 +52,12 @@ class Quantizer(Method):
     plans: ClassVar[bool] = False
     """Whether a walk over the unchanged model comes first, in which `plan` gives each layer a quantizer of its own."""
 
+    block_copies: ClassVar[float] = 0
+    """Copies of the weights of a block, float32, that are held at once beside them."""
+
+    keeps_activations: ClassVar[bool] = False
+    """Whether all activations of a block are held at once, for a backward pass or to compare them."""
+
     method: str
 
     targets: tuple[str, ...] = ("*",)

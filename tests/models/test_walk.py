@@ -149,6 +149,22 @@ def test_drift_is_that_between_two_models(monkeypatch: pytest.MonkeyPatch) -> No
                 parameter.data.mul_(1.5)
 
 
+def test_targets_are_the_outputs_of_the_unchanged_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk_module, "CHUNK_TOKENS", 24)
+    model, twin = build("llama"), build("llama")
+    want: list[Tensor] = []
+    for _, block in decoder_layers(twin):
+        block.register_forward_hook(lambda _, __, out: want.append(out))
+    twin(input_ids=tokens())
+    for index, turn in enumerate(BlockWalk(model, tokens(), {}, progress=False, needs=("inputs", "targets"))):
+        assert len(turn.targets) == len(turn.inputs) and not turn.statistics
+        assert close(torch.cat(list(turn.targets)), want[index].double())
+        assert close(torch.cat([turn.run(states) for states in turn.inputs]), want[index].double()) == (index == 0)
+        for parameter in turn.block.parameters():
+            parameter.data.mul_(1.5)
+    assert index == 2
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "opt", "gemma3_text"])
 def test_a_turn_runs_its_block_as_it_is(kind: str) -> None:
     """With its mask and positions, with gradients, and with what was changed meanwhile."""

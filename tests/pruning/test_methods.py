@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress_peft.models.walk import InputStatistics
 from compress_peft.pruning import PRUNERS
+from compress_peft.quantization import QUANTIZERS
 from compress_peft.tensors import affine
 from compress_peft.tensors.masks import Pattern
 from compress_peft.tensors.sweep import weighted_error
@@ -189,6 +190,18 @@ def test_pruning_and_quantizing_in_one_sweep(sparsity: float | Pattern, symmetri
     eight, _ = PRUNERS.create("sparsegpt", quantize=settings | {"bits": 8}).prune(weight, stats, sparsity)
     gap = weighted_error(eight.dequantize() - weight, stats.hessian) / weighted_error(pruned - weight, stats.hessian)
     assert gap == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_where_nothing_is_left_to_prune_the_joint_sweep_is_gptq(symmetric: bool) -> None:
+    torch.manual_seed(4)
+    weight, stats = torch.randn(32, 128), statistics(correlated(128, 2000))
+    kept = torch.rand(32, 32, 4).argsort(dim=2).view(32, 128) < 2
+    settings = {"bits": 3, "group_size": 32, "symmetric": symmetric}
+    joint, mask = PRUNERS.create("sparsegpt", quantize=settings).prune(weight * kept, stats, Pattern(2, 4))
+    alone = QUANTIZERS.create("gptq", **settings, act_order=None).quantize_pruned(weight * kept, kept, stats)
+    assert torch.equal(mask, kept)
+    assert all(torch.equal(part, alone.components()[name]) for name, part in joint.components().items())
 
 
 @pytest.mark.parametrize(("pattern", "size"), [("2:4", 24), ("4:8", 96), ("16:32", 8), ("3:6", 48), ("32:64", 64)])

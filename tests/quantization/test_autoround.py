@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from compress_peft.models.layers import linear_layers
 from compress_peft.models.walk import BlockTurn, BlockWalk
 from compress_peft.quantization import QUANTIZERS, quantize_model
-from compress_peft.quantization.autoround import Rounding
+from compress_peft.quantization.autoround import Rounding, _Block
 from compress_peft.weights import AffineWeight
 from tests.conftest import build_tiny_llama
 
@@ -32,7 +33,7 @@ def codes(model: nn.Module) -> Tensor:
 
 
 def first_turn(model: nn.Module) -> BlockTurn:
-    return next(iter(BlockWalk(model, CALIBRATION, dict(linear_layers(model)), False, ("inputs",))))
+    return next(iter(BlockWalk(model, CALIBRATION, dict(linear_layers(model)), False, ("inputs", "targets"))))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -94,8 +95,6 @@ def test_gradients_are_those_of_the_block_with_the_rounded_weights() -> None:
 
 
 def quantizer_gradients(quantizer: Any, turn: BlockTurn, rounding: Any, wanted: Tensor) -> list[Tensor]:
-    from compress_peft.quantization.autoround import _Block
-
     tuned = [found.offset for found in rounding.values()]
     return _Block(turn).gradients(rounding, tuned, [(turn.inputs[0], wanted)])[1]
 
@@ -126,6 +125,26 @@ def test_the_best_step_is_kept() -> None:
         rounding = {name: Rounding.start(layer.weight, quantizer) for name, layer in turn.layers.items()}
         assert quantizer.train(turn, rounding) <= most
         assert all(found.offset.abs().max() <= 0.5 and found.high.max() <= 1 for found in rounding.values())
+
+
+def test_a_block_makes_up_for_those_before() -> None:
+    """It comes closer to the unchanged model than one that aims at its own outputs for the changed inputs."""
+    model = build_tiny_llama()
+    quantizer = autoround(iters=40)
+    turns = iter(BlockWalk(model, CALIBRATION, dict(linear_layers(model)), False, ("inputs", "targets")))
+    for layer in next(turns).layers.values():
+        layer.weight = nn.Parameter(QUANTIZERS.create("rtn", bits=2, group_size=32).quantize(layer.weight).dequantize())
+    turn = next(turns)
+    with torch.no_grad():
+        local = [turn.run(states) for states in turn.inputs]
+    distances = []
+    for targets in (turn.targets, local):
+        aimed = replace(turn, targets=targets)
+        rounding = {name: Rounding.start(layer.weight, quantizer) for name, layer in turn.layers.items()}
+        quantizer.train(aimed, rounding)
+        with torch.no_grad():
+            distances.append(sum(_Block(turn).losses(rounding, turn.inputs, list(turn.targets))))
+    assert distances[0] < 0.97 * distances[1]
 
 
 def test_presets() -> None:

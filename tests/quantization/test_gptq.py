@@ -14,6 +14,7 @@ from compress_peft.models.layers import linear_layers
 from compress_peft.models.walk import InputStatistics
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.tensors import affine
+from compress_peft.tensors.grid_search import search_grid
 from compress_peft.tensors.sweep import weighted_error
 from compress_peft.weights import AffineWeight
 from tests.conftest import build_tiny_llama
@@ -69,7 +70,7 @@ def naive(weight: Tensor, stats: InputStatistics, bits: int, size: int, symmetri
 )
 def test_equals_the_naive_algorithm(columns: int, size: int | None, symmetric: bool, order: str | None) -> None:
     weight, stats = random_weight(6, columns), statistics(columns)
-    quantizer = gptq(bits=4, group_size=size, symmetric=symmetric, act_order=order)
+    quantizer = gptq(bits=4, group_size=size, symmetric=symmetric, act_order=order, grid="minmax")
     found = quantizer.quantize(weight, stats)
     assert isinstance(found, AffineWeight)
     want = naive(weight, stats, 4, size or columns, symmetric, order is not None)
@@ -101,7 +102,7 @@ def test_with_inputs_alike_it_is_rounding_to_nearest(
     weight = random_weight(10, columns)
     want = QUANTIZERS.create("rtn", **settings).quantize(weight)
     for stats in (InputStatistics(torch.eye(columns), columns), InputStatistics(torch.zeros(columns, columns)), None):
-        found = gptq(**settings, act_order=order).quantize(weight, stats)
+        found = gptq(**settings, act_order=order, grid="minmax").quantize(weight, stats)
         assert found.spec() == want.spec()
         assert all(torch.equal(part, want.components()[name]) for name, part in found.components().items())
 
@@ -109,7 +110,7 @@ def test_with_inputs_alike_it_is_rounding_to_nearest(
 def test_static_order_keeps_the_grids_of_the_stored_groups() -> None:
     weight, stats = random_weight(10, 128), statistics(128)
     found = gptq(group_size=32, symmetric=False).quantize(weight, stats)
-    scales, zeros = affine.find_grid(weight, 4, 32, False)
+    scales, zeros = search_grid(weight, stats.square_sum, 4, 32, False, torch.float16)
     assert torch.equal(found.scales.float(), scales) and torch.equal(found.zeros.float(), zeros)
     assert not torch.equal(found.unpacked(), affine.quantize_affine(weight, scales, zeros, 4, 32))
     # In the order of the inputs' sizes: renaming the columns changes nothing (here groups are whole rows).
@@ -122,23 +123,15 @@ def test_static_order_keeps_the_grids_of_the_stored_groups() -> None:
     assert not torch.equal(one.unpacked(), left_to_right.quantize(weight, stats).unpacked())
 
 
-def test_the_search_over_scales() -> None:
+def test_from_left_to_right_each_grid_is_searched_on_its_own_inputs() -> None:
     weight, stats = random_weight(10, 128), statistics(128)
-    weight[:, 5] *= 6  # outliers, which a smaller scale gives up for the rest
-    for symmetric in (True, False):
-        settings = {"bits": 3, "group_size": 64, "symmetric": symmetric}
-        plain, searched = gptq(**settings), gptq(**settings, mse=True)
-        grids = [quantizer.find_grid(weight, 64) for quantizer in (plain, searched)]
-        assert (grids[1][0] <= grids[0][0]).all() and (grids[1][0] < grids[0][0]).any()
-        assert torch.equal(grids[1][0], grids[1][0].half().float())
-        errors = []
-        for grid in grids:
-            codes = affine.quantize_affine(weight, *grid, 3, 64)
-            error = (affine.dequantize_affine(codes, *grid, 64) - weight).abs() ** 2.4
-            errors.append(error.view(10, 2, 64).sum(2))
-        assert (errors[1] <= errors[0]).all() and (errors[1] < 0.9 * errors[0]).any()
-        found = searched.quantize(weight, stats)
-        assert torch.equal(found.scales.float(), grids[1][0])
+    stats.square_sum[64:] = stats.square_sum[64:].flip(0) * torch.arange(1, 65) ** 4
+    found = gptq(bits=3, act_order=None).quantize(weight, stats).scales.float()
+    first = search_grid(weight[:, :64].contiguous(), stats.square_sum[:64], 3, None, False, torch.float16)[0]
+    assert torch.equal(found[:, :1], first)
+    stats.square_sum[64:] = 1
+    other = gptq(bits=3, act_order=None).quantize(weight, stats).scales.float()
+    assert torch.equal(found[:, 0], other[:, 0]) and not torch.equal(found[:, 1], other[:, 1])
 
 
 CALIBRATION = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(0))

@@ -36,7 +36,7 @@ from compress_peft.training import TrainingSettings, train
 from compress_peft.training.batches import encode_all
 from compress_peft.training.distillation import LOSSES, Objective
 from compress_peft.training.distillation.rationales import RationaleSettings
-from compress_peft.training.distillation.rows import task_weights
+from compress_peft.training.distillation.rows import in_turn, task_weights
 from eval.choices import score_choices
 
 WAYS = ("untrained", "answers", "step by step")
@@ -69,7 +69,7 @@ def measure(arguments: argparse.Namespace, way: str, seed: int) -> dict[str, Any
     if way != "untrained":
         adapter = ADAPTERS.create("lora", r=arguments.rank)
         model = adapter.attach(model)
-        steps, size = arguments.steps, arguments.problems
+        steps, size, together = arguments.steps, arguments.problems, 1
         weights: dict[bytes, float] = {}
         if way == "answers":
             steps = arguments.plain_steps or steps
@@ -79,14 +79,20 @@ def measure(arguments: argparse.Namespace, way: str, seed: int) -> dict[str, Any
             validation = TASKS.answers(tokenizer, data.validation, LENGTH, True)
             reasons = TASKS.reasons(tokenizer, data.train, [item.rationale for item in data.train], LENGTH)
             weights = task_weights(rows, reasons, TASKS.share)
-            rows, size = rows + reasons, 2 * size
+            rows, size, together = in_turn(rows, reasons), 2 * size, 2
         settings = TrainingSettings(
             max_steps=steps, batch_size=size, learning_rate=arguments.learning_rate, eval_steps=max(steps // 2, 1)
         )
         loss = Objective((LOSSES.create("hard_labels"),), None, len(tokenizer), weights=weights)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
-            own: Any = {"max_length": LENGTH, "seed": seed, "checkpoints": Path(scratch), "adapter": adapter}
+            own: Any = {
+                "together": together,
+                "max_length": LENGTH,
+                "seed": seed,
+                "checkpoints": Path(scratch),
+                "adapter": adapter,
+            }
             result = train(model, tokenizer, rows, validation, settings, loss=loss, **own)
         mean = statistics.mean(len(prompt) + len(response) for prompt, response in rows)
         row |= {"seconds": time.perf_counter() - start, "steps": result.progress.step, "tokens": steps * size * mean}

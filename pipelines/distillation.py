@@ -20,7 +20,7 @@ from compress_peft.training.batches import TokenPair, encode_all
 from compress_peft.training.distillation.cache import TeacherCache, position_bytes
 from compress_peft.training.distillation.generate import Responses
 from compress_peft.training.distillation.objective import Teacher
-from compress_peft.training.distillation.rows import row_key, task_weights, text_rows
+from compress_peft.training.distillation.rows import in_turn, row_key, task_weights, text_rows
 from compress_peft.training.distillation.uld import OtherTokensTeacher
 from pipelines.plan import ModelShape, meta_model
 from pipelines.state import RunState
@@ -43,6 +43,7 @@ class Lesson:
     vocabulary: int
     teacher: Teacher | TeacherCache | OtherTokensTeacher | None = None
     weights: dict[bytes, float] = field(default_factory=dict)
+    together: int = 1
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -143,10 +144,11 @@ def _rows(step: Distill, state: RunState, work: Path, teacher: _Loaded | None) -
         validation = given.answers(tokenizer, data.validation, length, eos)
         reasons = given.reasons(tokenizer, data.train, texts, length)
         weights = task_weights(answers, reasons, given.share)
-        train = answers + reasons
+        train = in_turn(answers, reasons)
     counts = [sum(len(response) for _, response in part) for part in (train, validation)]
     facts = {"rows": [len(train), len(validation)], "target_tokens": counts}
-    return Lesson(train, validation, len(tokenizer), weights=weights, facts=facts)
+    together = 1 if step.rationales is None else 2
+    return Lesson(train, validation, len(tokenizer), weights=weights, together=together, facts=facts)
 
 
 def _written(step: Distill, state: RunState, work: Path, teacher: _Loaded, prompts: Sequence[str]) -> list[TokenPair]:

@@ -49,10 +49,12 @@ def train(
     checkpoints: Path,
     loss: Loss = language_modelling_loss,
     adapter: Any = None,
+    together: int = 1,
 ) -> TrainingResult:
     """Train the parameters that require gradients, in place, and keep those of the best validation loss.
 
     adapter: the method that is trained, where it takes part in training (see hooks.py).
+    together: of the training rows, so many that follow each other come into a batch together (the tasks of a problem).
 
     Continues from the newest checkpoint under `checkpoints`, to the same result as without interruption.
 
@@ -91,7 +93,7 @@ def train(
     started = time.monotonic() - progress.seconds
     bar = tqdm(total=total, initial=progress.step, desc="training", unit="step")
     while progress.step < total and progress.evaluations_without_gain < patience:
-        group = _group(pairs, tokenizer, settings, seed, progress.step)
+        group = _group(pairs, tokenizer, settings, seed, progress.step, together)
         place = (progress.step + 1, total)
         set_learning_rate(optimizer.optimizer, schedule, hooks.learning_rate_factor(*place))
         rate = optimizer.optimizer.param_groups[0]["lr"]
@@ -153,11 +155,18 @@ def _steps_per_epoch(examples: int, settings: TrainingSettings) -> int:
 
 
 def _group(
-    pairs: Sequence[TokenPair], tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings, seed: int, step: int
+    pairs: Sequence[TokenPair],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainingSettings,
+    seed: int,
+    step: int,
+    together: int,
 ) -> list[Batch]:
     """The batches of optimizer step `step`: a function of seed and step alone, so that a resumed run sees the same."""
     epoch, place = divmod(step, _steps_per_epoch(len(pairs), settings))
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    firsts = torch.randperm(len(pairs) // together, generator=generator) * together
+    order = (firsts[:, None] + torch.arange(together)).flatten().tolist()
     size = settings.batch_size * settings.gradient_accumulation
     return list(batches(pairs, tokenizer, settings.batch_size, order[place * size : (place + 1) * size]))
 

@@ -16,11 +16,13 @@ from compress_peft.models.bundle import save_adapter
 from compress_peft.models.save import save_model
 from compress_peft.training import TrainingSettings, train
 from compress_peft.training.distillation import LOSSES, ForwardKL, Objective
+from compress_peft.training.distillation.cache import ROWS_PER_SHARD, position_bytes
 from compress_peft.training.distillation.dense import DenseTraining
 from compress_peft.training.distillation.generate import GenerationSettings
 from compress_peft.training.distillation.on_policy import OnPolicy, OnPolicySettings
 from compress_peft.training.distillation.rationales import RationaleSettings
-from pipelines.distillation import cache_bytes, other_model, prepare
+from eval.memory import estimate_scoring
+from pipelines.distillation import CACHED_TOKENS, cache_bytes, other_model, prepare
 from pipelines.plan import ModelShape, StepEstimate
 from pipelines.state import RunState
 from pipelines.steps.base import STEPS, Step, StepResult, dense_problems
@@ -152,6 +154,11 @@ class Distill(Step):
             raise ValueError("cache: with live: true nothing is cached; leave one of the two out")
         if self.rationales is not None and self.data != "responses":
             raise ValueError(f'rationales: belong to the responses of the data, and data is "{self.data}"')
+        rows = self.training.batch_size * self.training.gradient_accumulation
+        if self.rationales is not None and rows % 2:
+            raise ValueError(
+                f"training.batch_size: {rows} rows a step cannot hold both tasks of each problem; give an even number"
+            )
         if self.data == "text" and self.adapter is not None and self.adapter.prompt_aware:
             raise ValueError(
                 f"data: text has no prompts, and {self.adapter.method} reads the prompt; use data: responses"
@@ -222,6 +229,7 @@ class Distill(Step):
                 checkpoints=folder / "checkpoints",
                 loss=loss,
                 adapter=hooks,
+                together=lesson.together,
             )
         finally:
             objective.detach(model)
@@ -255,16 +263,16 @@ class Distill(Step):
             teacher = shape.parameters * shape.bytes_each if other is None else other
             known = "" if teacher else "; the teacher's size is unknown until it is there"
         parameters = shape.parameters if self.adapter is None else self.adapter.estimate_parameters(shape.model)
-        student = shape.weight_bytes()
-        if self.adapter is not None:
-            shape.adapter_parameters += parameters
         length = self.block_size if self.data == "text" else shape.sequence_length
-        config: Any = shape.model.config
-        vocabulary = config.get_text_config().vocab_size
-        tokens = self.training.batch_size * length
-        training = parameters * 16.0 + shape.activation_bytes(tokens, self.training.gradient_checkpointing)
-        training += 4.0 * 4 * tokens * vocabulary * self.compares  # logits, log-probabilities and their gradients
-        scoring = teacher + 4.0 * 3 * self.score_batch_size * length * vocabulary
+        response = length if self.data != "responses" or self.rationales else shape.response_length(length)
+        distilling = {
+            "distilling": self.compares,
+            "teacher_logits": self.live and (1 if self.top_k is not None else 3),
+        }
+        added = self.adapter is not None
+        training = shape.training(parameters, self.training, added, length, response, **distilling).peak_bytes
+        if added:
+            shape.adapter_parameters += parameters
         cached = self.compares and not self.live
         disk = parameters * 4.0 * 5
         note = f"{parameters:,} trainable parameters{known}"
@@ -272,5 +280,14 @@ class Distill(Step):
             kept, how = cache_bytes(self, shape, length)
             note += f"; the teacher's scores take {how}"
             disk += kept
-        peak = max(student + training, scoring) if not self.live else teacher + student + training
-        return StepEstimate(memory=peak, disk=disk, note=note)
+        scoring = estimate_scoring(
+            shape.model,
+            teacher,
+            rows=ROWS_PER_SHARD,
+            batch=self.score_batch_size if cached else 0,
+            length=length,
+            response=response,
+            position=position_bytes(self.top_k or CACHED_TOKENS),
+        )
+        peak = teacher + training if self.live else max(training, scoring if cached else teacher)
+        return StepEstimate(memory=peak, disk=disk, note=note, at_most=self.data != "text")

@@ -168,6 +168,28 @@ def test_step_by_step(source: str, small: dict[str, Any], tmp_path: Path) -> Non
     assert ("teacher" in found) == (source == "teacher")
 
 
+def test_step_by_step_has_both_tasks_of_a_problem_in_a_batch(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    called = Objective.__call__
+
+    def watch(self: Objective, student: Any, batch: Any) -> torch.Tensor:
+        if student.training:
+            ends = batch.prompt_end.tolist()
+            ids = [row[: end + 1] for row, end in zip(batch.input_ids.tolist(), ends, strict=True)]
+            seen.append(byte_tokenizer().batch_decode(ids, skip_special_tokens=True))
+        return called(self, student, batch)
+
+    monkeypatch.setattr(Objective, "__call__", watch)
+    recipe = small | {"data": small["data"] | {"rationale": " since {label} is its name"}}
+    run(recipe, tmp_path, DISTILL | {"loss": "hard_labels", "rationales": {"from": "data"}})
+    assert len(seen) == TRAINING["max_steps"]
+    for prompts in seen:
+        asked = [prompt for prompt in prompts if not prompt.startswith("[rationale] ")]
+        assert sorted(prompts) == sorted(asked + ["[rationale] " + prompt for prompt in asked])
+
+
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a loss that is not known": ({"loss": "forward_lk"}, ["steps[0].loss", 'did you mean "forward_kl"']),
     "no loss": ({"loss": []}, ["steps[0].loss", "at least 1"]),
@@ -178,6 +200,10 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a cache that is not used": ({"live": True, "cache": "x"}, ["cache", "live"]),
     "PARA on text": ({"adapter": {"method": "para"}, "data": "text"}, ["no prompts", "data: responses"]),
     "reasons on text": ({"rationales": {}, "data": "text"}, ["rationales", "text"]),
+    "half a problem in a step": (
+        {"loss": "hard_labels", "rationales": {}, "training": TRAINING | {"batch_size": 3}},
+        ["training.batch_size", "3 rows", "even"],
+    ),
     "own answers, cached": ({"on_policy": 0.5}, ["on_policy", "live: true"]),
     "own answers as labels": (
         {"on_policy": 0.5, "live": True, "loss": ["js", "hard_labels"]},
@@ -283,7 +309,7 @@ def test_the_dry_run_reckons_with_the_teacher(recipe: dict[str, Any], capsys: py
 
     shape, cached = estimate(score_batch_size=1, top_k=64)
     _, live = estimate(live=True)
-    assert live.memory - cached.memory == pytest.approx(shape.parameters * 4)
+    assert live.memory - cached.memory >= shape.parameters * 4
     tokens = (48 + 12) * 64
     _, larger = estimate(top_k=128)
     assert estimate()[1].disk - cached.disk == tokens * 8 * 192

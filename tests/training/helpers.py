@@ -68,7 +68,7 @@ def fit(
 def batches_of(step: int, **changes: Any) -> list[Any]:
     """The batches that the loop takes in step `step`, from 1."""
     pairs = encode_all(TOKENIZER, EXAMPLES[:18], 64, True)
-    return _group(pairs, TOKENIZER, settings(**changes), SEED, step - 1)
+    return _group(pairs, TOKENIZER, settings(**changes), SEED, step - 1, 1)
 
 
 def mean_loss(model: Any, batch: Any) -> torch.Tensor:

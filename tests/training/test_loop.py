@@ -15,7 +15,7 @@ from compress_peft.models.random_model import byte_tokenizer
 from compress_peft.training import TrainingSettings, train
 from compress_peft.training.batches import IGNORED, collate, encode_all
 from compress_peft.training.checkpoint import trainable
-from compress_peft.training.loop import validation_loss
+from compress_peft.training.loop import _group, validation_loss
 from compress_peft.training.losses import language_modelling_loss
 from tests.conftest import build_tiny_llama
 
@@ -103,6 +103,23 @@ def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path: Path, killed_at: 
     assert [e["loss"] for e in result.progress.losses] == [e["loss"] for e in expected.progress.losses]
     for name, parameter in trainable(whole).items():
         assert torch.equal(parameter, trainable(resumed)[name]), name
+
+
+def test_rows_that_belong_together_come_together_and_all_of_them_in_an_epoch() -> None:
+    rows = [([3, problem], [task]) for problem in range(10, 19) for task in (1, 2, 3)]
+    settings = TrainingSettings(batch_size=6)
+    orders = []
+    for epoch in range(2):
+        seen = []
+        for step in range(5):  # of 27 rows
+            for batch in _group(rows, TOKENIZER, settings, 3, 5 * epoch + step, 3):
+                firsts = batch.input_ids[:, 1].view(-1, 3)
+                assert (firsts == firsts[:, :1]).all() and batch.targets.view(-1, 3).tolist() == [[1, 2, 3]] * len(
+                    firsts
+                )
+                seen += firsts[:, 0].tolist()
+        orders.append(seen)
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10, 19)) and orders[0] != orders[1]
 
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

@@ -33,11 +33,16 @@ def text_rows(blocks: Tensor) -> list[TokenPair]:
     return [([first], rest) for first, *rest in blocks.tolist()]
 
 
+def in_turn(answers: Sequence[TokenPair], rationales: Sequence[TokenPair]) -> list[TokenPair]:
+    """Both rows of each problem beside each other: Hsieh et al. 2023 add up the losses of both tasks of a batch."""
+    return [row for pair in zip(answers, rationales, strict=True) for row in pair]
+
+
 def task_weights(answers: Sequence[TokenPair], rationales: Sequence[TokenPair], share: float) -> dict[bytes, float]:
     """Row -> weight of its tokens, so that the mean over all tokens is mean(answers) + share * mean(rationales).
 
     Hsieh et al. 2023 (eq. 3) add up the two means of a batch; these are means over the data set, so that the loop may
-    weigh all tokens alike.
+    weigh all tokens alike. They are close to it only in batches that hold both tasks of their problems (`in_turn`).
     """
     counts = [sum(len(response) for _, response in part) for part in (answers, rationales)]
     total = sum(counts)

@@ -1,9 +1,12 @@
-"""NF4 on CUDA by the kernels of bitsandbytes, on the same bytes. Imported only when a weight lies on such a device."""
+"""Kernels on CUDA: bitsandbytes for NF4, Triton for affine grids, both on our bytes as they are and imported only when
+a weight lies on such a device."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -52,8 +55,21 @@ def linear(x: Tensor, parts: NF4Parts) -> Tensor:
     return _module("bitsandbytes").matmul_4bit(x, parts.codes.t(), quant_state=quant_state(parts, x.dtype))
 
 
-def describe() -> str:
+@functools.cache
+def triton_affine(device: torch.device) -> tuple[ModuleType | None, str]:
+    """(the module of Triton kernels, its version); or (None, why plain torch runs instead), found out once."""
     try:
-        return f"bitsandbytes {version('bitsandbytes')}"
+        module = importlib.import_module("compress_peft.weights.triton_affine")
+        module.check(device)
+        return module, f"Triton {version('triton')}"
+    except Exception as error:  # not installed, no compiler, a GPU it does not know: the reason is reported
+        lines = str(error).splitlines()
+        return None, f"plain torch (no Triton: {lines[0] if lines else type(error).__name__})"
+
+
+def describe(device: torch.device) -> str:
+    try:
+        nf4 = f"bitsandbytes {version('bitsandbytes')}"
     except PackageNotFoundError:
-        return "none: bitsandbytes is not installed"
+        nf4 = "none: bitsandbytes is not installed"
+    return f"NF4: {nf4}; affine grids: {triton_affine(device)[1]}"

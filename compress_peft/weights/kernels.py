@@ -1,14 +1,23 @@
 """Which code runs for a compressed weight: the fastest that there is for the device, the shape and the dtype.
 
-CPU: the C kernels (native.py) where they were built, else plain torch. CUDA: bitsandbytes (cuda.py) for NF4, plain
-torch for affine grids. All of them are tested against `Parts.dequantize` followed by a dense product.
+CPU: the C kernels (native.py) where they were built, else plain torch. CUDA: bitsandbytes (cuda.py) for NF4; Triton
+(triton_affine.py) for affine grids where it runs, else plain torch. All of them are tested against `Parts.dequantize`
+followed by a dense product.
+
+Few rows of activations on CUDA: the fused product, in several tiles, and dequantizing with a dense product are timed
+at the first call (`Fastest`). Which one wins may differ from run to run, and with it the last bits of a sum. torch's
+own int4 product (`aten._weight_int4pack_mm`) is not among them: it needs the codes in a layout of its own, which
+would be a lasting second copy of the weight.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -16,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress_peft.weights import cuda, native
-from compress_peft.weights.parts import NF4Parts, Parts
+from compress_peft.weights.parts import AffineParts, NF4Parts, Parts
 
 FEW_ROWS = 16
 """Up to so many rows of activations the C product beats dequantizing and a dense product (measured on Zen 4)."""
@@ -27,11 +36,48 @@ SCRATCH = 1 << 22
 _local = threading.local()
 
 
+class Fastest:
+    """Of several ways to compute the same the fastest, by timing them at the first call of each key."""
+
+    REPEATS = 5
+    """timed calls, of which the fastest counts, after one untimed call that may compile"""
+
+    def __init__(self) -> None:
+        self.chosen: dict[Hashable, str] = {}
+
+    def __call__(
+        self, key: Hashable, candidates: Mapping[str, Callable[[], Tensor]], synchronize: Callable[[], None]
+    ) -> Tensor:
+        """The result of one of the candidates. synchronize: waits until the device has done what was asked of it."""
+        if key not in self.chosen:
+            seconds = {name: self._seconds(run, synchronize) for name, run in candidates.items()}
+            self.chosen[key] = min(seconds, key=seconds.__getitem__)
+        return candidates[self.chosen[key]]()
+
+    def _seconds(self, run: Callable[[], Tensor], synchronize: Callable[[], None]) -> float:
+        best = math.inf
+        for repeat in range(1 + self.REPEATS):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if repeat:
+                best = min(best, time.perf_counter() - start)
+        return best
+
+
+_fastest = Fastest()
+
+
 def dequantize(parts: Parts, dtype: torch.dtype) -> Tensor:
     """The dense weight (out, in)."""
     kind = parts.codes.device.type
     if kind == "cuda" and isinstance(parts, NF4Parts):
         return cuda.dequantize(parts, dtype)
+    if kind == "cuda" and isinstance(parts, AffineParts):
+        module, _ = cuda.triton_affine(parts.codes.device)
+        if module is not None and dtype in module.DTYPES:
+            return module.dequantize(parts, dtype)
     if kind == "cpu" and native.available():
         return native.dequantize(parts, dtype)
     return parts.dequantize(dtype)
@@ -70,12 +116,28 @@ def linear(x: Tensor, parts: Parts, compute_dtype: torch.dtype | None = None) ->
     dtype = compute_dtype or product_dtype(x.dtype, x.device)
     if x.device.type == "cuda" and isinstance(parts, NF4Parts):
         return cuda.linear(x.to(dtype), parts).to(x.dtype)
+    if x.device.type == "cuda" and isinstance(parts, AffineParts):
+        module, _ = cuda.triton_affine(x.device)
+        if module is not None and dtype in module.DTYPES and 0 < len(x) <= module.MOST_ROWS:
+            return _few_rows_on_cuda(x.to(dtype), parts, module).to(x.dtype)
     if x.device.type == "cpu" and parts.by_rows and native.available():
         if len(x) <= FEW_ROWS and compute_dtype in (None, torch.float32):
             return native.matmul(x.float().contiguous(), parts).to(x.dtype)
         if dtype in (torch.float32, torch.bfloat16):
             return _linear_by_parts(x.to(dtype), parts).to(x.dtype)
     return functional.linear(x.to(dtype), dequantize(parts, dtype)).to(x.dtype)
+
+
+def _few_rows_on_cuda(x: Tensor, parts: AffineParts, module: ModuleType) -> Tensor:
+    candidates: dict[str, Callable[[], Tensor]] = {
+        f"fused {tile}": functools.partial(module.linear, x, parts, tile) for tile in module.TILES
+    }
+    bucket = 1 << (len(x) - 1).bit_length()  # 1, 2, 4, 8 or 16 rows
+    key = (bucket, parts.shape, parts.bits, parts.group_size, x.dtype, x.device)
+    if key not in _fastest.chosen and torch.cuda.is_current_stream_capturing():
+        return module.linear(x, parts)  # nothing can be timed while a CUDA graph is recorded
+    candidates["dense"] = lambda: functional.linear(x, module.dequantize(parts, x.dtype))
+    return _fastest(key, candidates, functools.partial(torch.cuda.synchronize, x.device))
 
 
 def linear_backward(grad: Tensor, parts: Parts, compute_dtype: torch.dtype | None = None) -> Tensor:
@@ -137,9 +199,10 @@ def _bf16_hardware() -> bool:
 
 def active(device: torch.device | str) -> str:
     """What runs on this device, in words, for the report."""
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
     if kind == "cuda":
-        return cuda.describe()
+        return cuda.describe(device)
     isa = native.available() if kind == "cpu" else None
     if isa is None:
         return "plain torch (no compiled kernel)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch.nn import functional
@@ -119,6 +121,45 @@ def test_missing_bitsandbytes_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.functional", None)
     with pytest.raises(MissingRequirement, match=r"compress-peft\[cuda\]"):
         cuda.quant_state(make((2, 64)).parts, torch.float32)
+
+
+def test_the_fastest_way_is_found_once_a_key():
+    """On a clock that only the candidates move."""
+    fastest, calls, clock = kernels.Fastest(), [], [0.0]
+
+    def candidate(name: str, first: float, later: float):
+        def run() -> torch.Tensor:
+            clock[0] += later if name in calls else first
+            calls.append(name)
+            return torch.tensor(later)
+
+        return run
+
+    waits: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.time, "perf_counter", lambda: clock[0])
+        # "compiled" is slow only once, when it is compiled; "slow" would win if that call counted.
+        candidates = {"slow": candidate("slow", 3.0, 3.0), "compiled": candidate("compiled", 99.0, 1.0)}
+        assert fastest("a", candidates, lambda: waits.append(clock[0])) == 1
+        assert fastest.chosen == {"a": "compiled"}
+        each = 1 + fastest.REPEATS
+        assert calls == ["slow"] * each + ["compiled"] * (each + 1) and len(waits) == 4 * each
+        calls.clear()
+        assert fastest("a", candidates, lambda: waits.append(0)) == 1
+        assert calls == ["compiled"] and len(waits) == 4 * each
+        other = {"slow": candidate("slow", 1.0, 1.0), "compiled": candidate("compiled", 2.0, 2.0)}
+        assert fastest("b", other, lambda: None) == 1 and fastest.chosen["b"] == "slow"
+
+
+def test_without_triton_plain_torch_runs_and_the_report_says_why(monkeypatch):
+    monkeypatch.delitem(__import__("sys").modules, "compress_peft.weights.triton_affine", raising=False)
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    cuda.triton_affine.cache_clear()
+    try:
+        assert cuda.triton_affine(torch.device("cuda"))[0] is None
+        assert re.search("affine grids: plain torch .no Triton: .*triton", kernels.active("cuda"))
+    finally:
+        cuda.triton_affine.cache_clear()
 
 
 @pytest.mark.gpu

@@ -34,6 +34,8 @@ class Column:
     points: bool = False
     """The change is a difference in percentage points, not a ratio."""
     interval: Callable[[StageRecord], str] = lambda stage: ""
+    nothing: float = 0.0
+    """A first stage with no more than this has nothing that the others could be a share of: no change is told."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,20 @@ def _divergence(stage: StageRecord) -> float | None:
     return stage.fidelity.kl if stage.fidelity else None
 
 
+NO_DIVERGENCE = 1e-6
+"""KL of a model with itself, up to rounding."""
+
+
+def _divergence_text(stage: StageRecord) -> str:
+    value = _divergence(stage)
+    if value is None or value <= NO_DIVERGENCE:
+        return "" if value is None else "0"
+    return f"{value:.4f}" if value >= 0.001 else f"{value:.2g}"
+
+
 def _divergence_interval(stage: StageRecord) -> str:
     f = stage.fidelity
-    return f"{f.low:.2g} to {f.high:.2g}" if f and math.isfinite(f.high) else ""
+    return f"{f.low:.2g} to {f.high:.2g}" if f and f.kl > NO_DIVERGENCE and math.isfinite(f.high) else ""
 
 
 def _same_token(stage: StageRecord) -> float | None:
@@ -185,7 +198,14 @@ COLUMNS = (
     ),
     Column("Perplexity", _perplexity, _fixed(_perplexity, 2), False, interval=_perplexity_interval),
     Column("Answer loss, nats", _answer_loss, _fixed(_answer_loss, 4), False, interval=_answer_loss_interval),
-    Column("KL to original", _divergence, _fixed(_divergence, 4), False, interval=_divergence_interval),
+    Column(
+        "KL to original, nats",
+        _divergence,
+        _divergence_text,
+        False,
+        interval=_divergence_interval,
+        nothing=NO_DIVERGENCE,
+    ),
     Column("Same token", _same_token, _percent(_same_token), True, points=True),
     Column("Same continuation", _continued, _percent(_continued), True, points=True),
     WEIGHTS,
@@ -217,9 +237,9 @@ def table_rows(names: Sequence[str], stages: Sequence[StageRecord], columns: Seq
                 continue
             change = verdict = ""
             reference = values[0]
-            if index and reference is not None:
-                difference = value - reference if column.points else value / reference - 1 if reference else 0.0
-                change = f"{difference * 100:+.1f} pts" if column.points else signed(difference)
+            if index and reference is not None and (column.points or abs(reference) > column.nothing):
+                difference = value - reference if column.points else value / reference - 1
+                change = f"{round(difference * 100, 1) + 0.0:+.1f} pts" if column.points else signed(difference)
                 if abs(difference) >= 0.0005:
                     verdict = "better" if (difference > 0) == column.higher_is_better else "worse"
             is_best = value == best and len(set(known)) > 1
@@ -228,7 +248,7 @@ def table_rows(names: Sequence[str], stages: Sequence[StageRecord], columns: Seq
 
 
 def signed(share: float) -> str:
-    return f"{share:+.1%}" if abs(share) < 0.1 else f"{share:+.0%}"
+    return f"{round(share * 100, 1) + 0.0:+.1f}%" if abs(share) < 0.1 else f"{share:+.0%}"  # never -0.0
 
 
 def accuracy_change(before: StageRecord, after: StageRecord) -> str:

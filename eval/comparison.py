@@ -71,8 +71,13 @@ class Comparison:
         return [(test.name, test.accuracy, test.adjusted, test.perplexity) for test in self.tests]
 
     @property
+    def setting_labels(self) -> list[str]:
+        return ["Setting", *(name for name, _ in self.settings)]
+
+    @property
     def setting_rows(self) -> list[tuple[str, ...]]:
-        return [(name, *values) for name, values in self.settings]
+        """A row a key: runs with other steps differ in many keys, and are few."""
+        return [(key, *(values[place] for _, values in self.settings)) for place, key in enumerate(self.differing)]
 
     def values(self) -> list[dict[str, Any]]:
         """The figures as plain numbers, a row a stage, for CSV and JSON."""

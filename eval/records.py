@@ -106,6 +106,8 @@ class Judgement(Record):
     """The judge's whole text."""
     grade: float | None
     """From 1 to 10; None where the reply holds none, and then no part of the mean."""
+    turn: int = 1
+    """Of the dialogue."""
 
 
 class Perplexity(Record):
@@ -278,7 +280,7 @@ class StageRecord(Record):
     texts: tuple[TextScore, ...] = ()
     """Graded scores of generated answers."""
     judgements: tuple[Judgement, ...] = ()
-    """A judge's word on each answer, in the order of the test split."""
+    """A judge's word on each answer, in the order of the test split and of the turns of each example."""
     perplexity: Perplexity | None = None
     answer_loss: AnswerLoss | None = None
     fidelity: Fidelity | None = None

@@ -74,7 +74,8 @@ def scatter_png(names: Sequence[str], stages: Sequence[StageRecord], cost: Cost,
     from matplotlib.lines import Line2D
 
     figure, points = drawn
-    figure.set_size_inches(8, 4.5)
+    longest = max(len(name) for _, name, *_ in points)
+    figure.set_size_inches(6 + 0.08 * longest, max(4.5, 0.25 * len(points)))  # what 9 points take beside the axes
     handles = [
         Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=colour(i), linestyle="", label=f"{i + 1} {name}")
         for i, name, *_ in points

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
 from compress_peft.data.blocks import text_blocks
+from compress_peft.data.chat import PLAIN_STOP
 from compress_peft.errors import DataError, Problem
 from compress_peft.loading import load
 from compress_peft.models.layers import is_encoder_decoder
 from eval.answer_loss import answer_loss
 from eval.choices import evaluate_choices
+from eval.dialogue import answer_turns
 from eval.fidelity import fidelity, write_reference
 from eval.forward import transformers_model
 from eval.generation import generate_answers
@@ -105,7 +108,8 @@ def _task_scores(
     if settings is None or state.recipe.data is None:
         return (), (), ()
     examples = state.data().test[: settings.limit]
-    length, task = state.data_settings().max_length, state.data().origin.name
+    data, task = state.data_settings(), state.data().origin.name
+    length = data.max_length
     chosen: tuple[Accuracy, ...] = ()
     if examples[0].choices and settings.metrics is None:
         chosen = evaluate_choices(
@@ -115,22 +119,30 @@ def _task_scores(
         chosen = chosen if len(lengths) > 1 else chosen[:1]  # equal lengths: normalization changes nothing
         if settings.judge is None:
             return chosen, (), ()
-    answers = generate_answers(
+    generate = functools.partial(
+        generate_answers,
         model,
         tokenizer,
-        examples,
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.num_beams,
-        stop=settings.stop,
+        stop=settings.stop + ((PLAIN_STOP,) if data.chat == "plain" else ()),
         batch_size=settings.batch_size,
         max_length=length + settings.max_new_tokens,
     )
+    if data.follow_ups is not None:
+        assert data.chat is not None and settings.judge is not None, "refused when the recipe is read"
+        new = settings.max_new_tokens
+        turns = answer_turns(generate, tokenizer, examples, data.chat, max_length=length, max_new_tokens=new)
+        grades, judgements = judge_answers(settings.judge, turns, examples, task, state.folder / "judge")
+        return (), grades, judgements
+    answers = generate(examples)
     metrics = () if chosen else settings.metrics or (DEFAULT_METRIC[settings.answer],)
     accuracies, texts = score_answers(answers, examples, metrics, task)
     if settings.judge is None:
         return accuracies, texts, ()
-    grade, judgements = judge_answers(settings.judge, answers, examples, task, state.folder / "judge")
-    return chosen + accuracies, texts + ((grade,) if grade is not None else ()), judgements
+    each = [(answer,) for answer in answers]
+    grades, judgements = judge_answers(settings.judge, each, examples, task, state.folder / "judge")
+    return chosen + accuracies, texts + grades, judgements
 
 
 def _perplexity(state: RunState, model: Any, tokenizer: Any) -> Perplexity | None:

@@ -43,6 +43,6 @@ def presets_table() -> str:
         preset = load_preset(name)
         data, task = preset.data, preset.evaluate.get("task", {})
         source = " ".join(f"`{data[key]}`" for key in ("source", "subset") if key in data)
-        scores = ", ".join(task.get("metrics", ["accuracy"]))
+        scores = "judge" if "judge" in task else ", ".join(task.get("metrics", ["accuracy"]))
         lines.append(f"| `{name}` | {preset.version} | {preset.title} | {source} | {scores} | {preset.paper} |")
     return "\n".join(lines)

@@ -284,9 +284,26 @@ def parse_recipe(raw: dict[str, Any], default_name: str = "run") -> Any:
         problems += _missing_in_sound_sections(raw)
     if isinstance(raw.get("steps"), list):
         problems += _step_problems(raw["steps"], has_data=raw.get("data") is not None)
+    if recipe is not None and recipe.data is not None:
+        problems += _unfit_data(recipe)
     if problems:
         raise ConfigError(problems)
     return recipe
+
+
+def _unfit_data(recipe: Any) -> list[Problem]:
+    """Data to evaluate on alone before a step that learns from data, and dialogues without a judge."""
+    problems = []
+    if recipe.data.splits.train == 0:
+        fix = "give sizes to train and validation, or leave out this step"
+        for index, step in enumerate(recipe.steps):
+            if (reason := step.requires_data()) is not None:
+                problems.append(Problem(f"steps[{index}]", f"{reason}, and data.splits.train is 0", fix))
+    task = recipe.evaluate.task
+    if recipe.data.follow_ups is not None and task is not None and (task.judge is None or task.metrics is not None):
+        fix = 'evaluate: {task: {judge: {endpoint: "http://localhost:8000/v1", model: ...}}}, or evaluate: {task: null}'
+        problems.append(Problem("evaluate.task", "a judge, and no metric, grades the turns of data.follow_ups", fix))
+    return problems
 
 
 def _missing_in_sound_sections(raw: dict[str, Any]) -> list[Problem]:

@@ -89,7 +89,7 @@ def build_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Ta
     if settings.splits.separate and settings.overlap == "drop":
         details["shared_with_other_splits_dropped"] = _drop_shared(units)
     splits = _share(settings, units)
-    _refuse_overlap(splits)
+    _refuse_overlap(settings, splits)
     rows = {name: [_rows_by_prompt(reader, unit) for unit in part.values()] for name, part in splits.items()}
     shared = reader.classes([alternatives[0] for unit in rows["train"] for alternatives in unit])
     made = {
@@ -153,7 +153,7 @@ def _pool(reader: Reader, records: Iterable[Record], where: str) -> Pool:
         rows = reader.rows(record, f"record {number} {where}")
         empty += not rows
         rows_read += len(rows)
-        keys = [_identity(reader.prompt(row)) for row in rows]
+        keys = [_identity(reader.asked(row)) for row in rows]
         says = {(key, reader.responses(row)) for key, row in zip(keys, rows, strict=True)}
         if says <= seen:
             continue
@@ -200,7 +200,7 @@ def _share(settings: DataSettings, drawn: dict[str, Units]) -> dict[str, Units]:
     return splits
 
 
-def _refuse_overlap(splits: dict[str, Units]) -> None:
+def _refuse_overlap(settings: DataSettings, splits: dict[str, Units]) -> None:
     prompts = {name: {prompt for unit in part.values() for prompt in unit.prompts} for name, part in splits.items()}
     problems = []
     for index, first in enumerate(SPLITS):
@@ -213,7 +213,7 @@ def _refuse_overlap(splits: dict[str, Units]) -> None:
     empty = [
         Problem(f"data.splits.{name}", "has no example left", "give more data")
         for name, part in splits.items()
-        if not part
+        if not part and getattr(settings.splits, name) != 0
     ]
     if problems or empty:
         raise DataError(problems + empty)
@@ -224,7 +224,7 @@ def _rows_by_prompt(reader: Reader, unit: Unit) -> list[list[Record]]:
     found: dict[bytes, dict[tuple[str, ...], Record]] = {}
     for record in unit.records:
         for row in reader.rows(record, "a record"):
-            found.setdefault(_identity(reader.prompt(row)), {}).setdefault(reader.responses(row), row)
+            found.setdefault(_identity(reader.asked(row)), {}).setdefault(reader.responses(row), row)
     return [[alternatives[answers] for answers in sorted(alternatives)] for alternatives in found.values()]
 
 
@@ -250,6 +250,9 @@ def _example(reader: Reader, row: Record) -> Example:
         response=reader.responses(row)[0],
         text=reader.text(row),
         rationale=reader.rationale(row),
+        question=reader.question(row) if reader.settings.chat is not None else "",
+        follow_ups=reader.follow_ups(row),
+        category=reader.category(row),
     )
 
 

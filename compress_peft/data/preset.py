@@ -75,8 +75,8 @@ def completed(given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(own, dict) or not isinstance(source, str):
         return merged(beneath, given)
     named = beneath.pop("splits", {})
-    if is_one_pool(source):
-        if named and not own:
+    if is_one_pool(source) and any(isinstance(part, dict) for part in named.values()):
+        if not own:
             sizes = "splits: {train: 1000, validation: 100, test: 200}"
             raise ValueError(
                 f'"{source}" has no splits of its own: give their sizes, e.g. {sizes}, or a folder with '
@@ -89,9 +89,9 @@ def completed(given: dict[str, Any]) -> dict[str, Any]:
     return {**merged(beneath, given), **({"splits": {**own, **splits}} if splits else {})}
 
 
-def _part(named: dict[str, Any] | None, own: Any) -> Any:
+def _part(named: dict[str, Any] | int | None, own: Any) -> Any:
     """One split: a number asks for so many examples of the split that the source has under this name."""
-    if named is None or own is None:
+    if own is None or not isinstance(named, dict):
         return named if own is None else own
     if isinstance(own, int):
         return {**named, "count": own}

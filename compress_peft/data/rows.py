@@ -12,7 +12,9 @@ from jinja2 import StrictUndefined, TemplateError, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
+from compress_peft.data.chat import chat_prompt
 from compress_peft.data.datasets import Record
+from compress_peft.data.examples import FollowUp
 from compress_peft.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -60,10 +62,7 @@ class Reader:
         if self.settings.each is None:
             rows = [dict(record)]
         else:
-            items = _value(self.settings.each, record, "data.each", where)
-            if not isinstance(items, (list, tuple)):
-                what = f"gives {items!r} for {where}"
-                raise DataError(Problem("data.each", what, "name a field with a list, or a Jinja expression for one"))
+            items = _items(self.settings.each, record, "data.each", where)
             rows = [{**record, "item": item, "index": index} for index, item in enumerate(items)]
         for name, text in self.settings.fields.items():
             for row in rows:
@@ -71,12 +70,51 @@ class Reader:
         return rows
 
     def prompt(self, row: Record) -> str:
+        """What the model reads.
+
+        Raises:
+            DataError: a field of the template holds no text, or the tokenizer has no chat template where one is wanted.
         """
+        question = self.question(row)
+        return (
+            question if self.settings.chat is None else chat_prompt(self.tokenizer, [question], [], self.settings.chat)
+        )
+
+    def question(self, row: Record) -> str:
+        """The prompt without the chat template.
+
         Raises:
             DataError: a field of the template holds no text.
         """
         cut = {field: truncate(str(row[field]), n, self.tokenizer) for field, n in self.settings.truncate.items()}
         return _render("prompt", self.settings.prompt, {**row, **cut})
+
+    def follow_ups(self, row: Record) -> tuple[FollowUp, ...]:
+        """The further turns of a dialogue.
+
+        Raises:
+            DataError: no list, or more answers than questions.
+        """
+        if self.settings.follow_ups is None:
+            return ()
+        questions = _items(self.settings.follow_ups, row, "data.follow_ups", "a record")
+        answers: list[Any] = []
+        if self.settings.follow_up_answers is not None:
+            answers = list(_items(self.settings.follow_up_answers, row, "data.follow_up_answers", "a record"))
+        if len(answers) > len(questions):
+            what = f"has {len(answers)} answers to {len(questions)} questions after {self.question(row)[:80]!r}"
+            raise DataError(Problem("data.follow_up_answers", what, "leave out the answer to the first question"))
+        answers += [""] * (len(questions) - len(answers))
+        return tuple(FollowUp(str(asked), str(known)) for asked, known in zip(questions, answers, strict=True))
+
+    def asked(self, row: Record) -> str:
+        """Everything that the user says: what makes an example another one."""
+        return "\n".join([self.prompt(row), *(turn.question for turn in self.follow_ups(row))])
+
+    def category(self, row: Record) -> str:
+        """The group of the example, "" where the data have none."""
+        text = self.settings.category
+        return str(_value(text, row, "data.category", "a record")) if text is not None else ""
 
     def responses(self, row: Record) -> tuple[str, ...]:
         """Everything that counts as right: one response, or one for each item of a list in its field.
@@ -142,6 +180,14 @@ def _value(text: str, record: Record, key: str, where: str) -> Any:
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         what = f"cannot be worked out for {where}: {error}"
         raise DataError(Problem(key, what, f"its fields are {', '.join(record)}")) from error
+
+
+def _items(text: str, record: Record, key: str, where: str) -> Sequence[Any]:
+    items = _value(text, record, key, where)
+    if not isinstance(items, (list, tuple)):
+        what = f"gives {items!r} for {where}"
+        raise DataError(Problem(key, what, "name a field with a list, or a Jinja expression for one"))
+    return items
 
 
 def _render(key: str, template: str, record: Record) -> str:

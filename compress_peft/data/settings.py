@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
+from compress_peft.data.chat import Chat
 from compress_peft.data.datasets import is_data_file, is_one_pool, split_file
 from compress_peft.data.preset import SPLITS, completed, load_preset
 from compress_peft.data.rows import check_field, fields_of
@@ -43,10 +53,11 @@ class SplitSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, json_schema_extra=_optional)
 
-    train: PositiveInt | SplitSource
+    train: NonNegativeInt | SplitSource
     """Number of training examples, or {from: file or split, count: n}. Of a preset's or a folder's own training
-    split, a number takes so many. Several answers to one prompt count as one example here, and so do all of `each`."""
-    validation: PositiveInt | SplitSource
+    split, a number takes so many. Several answers to one prompt count as one example here, and so do all of `each`.
+    0, here and under validation: data to evaluate on and no more."""
+    validation: NonNegativeInt | SplitSource
     """The same for validation (early stopping and the choice of the checkpoint)."""
     test: PositiveInt | SplitSource
     """The same for the test set, on which the report's figures stand."""
@@ -57,6 +68,8 @@ class SplitSettings(BaseModel):
         if given and len(given) != len(SPLITS):
             missing = ", ".join(name for name in SPLITS if name not in given)
             raise ValueError(f"{', '.join(given)} has its own source, so {missing} needs one too (from: ...)")
+        if (self.train == 0) != (self.validation == 0):
+            raise ValueError("train and validation are both 0 (data to evaluate on alone), or none of them is")
         return self
 
     @property
@@ -108,6 +121,16 @@ class DataSettings(BaseModel):
     choices: str | list[str] | None = None
     """For classification: the field whose values in the training split are the classes, or a list of its values,
     or a field with a list: each record's own options."""
+    chat: Chat | None = None
+    """The prompt is what a user says: "model" puts it into the chat template of the model's tokenizer, "plain" writes
+    lines that start with "User: " and "Assistant: "."""
+    follow_ups: str | None = None
+    """A field with a list, or a Jinja expression for one: what the user says next, each time after the model's own
+    answer. Asked in evaluation, where a judge grades every answer (`evaluate.task.judge`); needs `chat`."""
+    follow_up_answers: str | None = None
+    """The same for right answers to the follow-ups: shown to the judge where it asks for references, to nobody else."""
+    category: str | None = None
+    """A field, or a Jinja expression: groups whose grades are reported for themselves."""
     text: str | None = None
     """The field with plain text for perplexity and calibration; default: the longest one named in the prompt."""
     truncate: dict[str, PositiveInt] = Field(default_factory=dict)
@@ -140,7 +163,7 @@ class DataSettings(BaseModel):
             raise ValueError(f'"{{{strange[0]}}}" is no field name (a brace itself is written {{{{ or }}}})')
         return template
 
-    @field_validator("each")
+    @field_validator("each", "follow_ups", "follow_up_answers", "category")
     @classmethod
     def _is_expression(cls, text: str | None) -> str | None:
         if text is not None:
@@ -158,6 +181,16 @@ class DataSettings(BaseModel):
             except ValueError as error:
                 raise ValueError(f"{name} {error}") from error
         return fields
+
+    @model_validator(mode="after")
+    def _is_dialogue(self) -> DataSettings:
+        if self.follow_ups is not None and self.chat is None:
+            raise ValueError("follow_ups need chat: model (the tokenizer's chat template) or chat: plain")
+        if self.follow_ups is not None and self.choices is not None:
+            raise ValueError("follow_ups have no choices: their answers are generated and graded by a judge")
+        if self.follow_up_answers is not None and self.follow_ups is None:
+            raise ValueError("follow_up_answers need follow_ups")
+        return self
 
     @model_validator(mode="after")
     def _has_source(self) -> DataSettings:

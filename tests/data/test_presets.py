@@ -165,10 +165,10 @@ def build(folder: Path, preset: str, **changes: Any) -> TaskData:
 
 
 def test_there_are_rows_for_every_preset() -> None:
-    assert sorted(ROWS) == preset_names()
+    assert sorted([*ROWS, "mt_bench"]) == preset_names()  # which has no splits, and tests of its own
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", sorted(ROWS))
 def test_prompt_answers_splits_and_scores(preset: str, tmp_path: Path) -> None:
     data = build(write(tmp_path / "a", preset), preset)
     turns = 2 if preset in ("coqa", "ultrachat") else 1
@@ -200,7 +200,7 @@ def test_prompt_answers_splits_and_scores(preset: str, tmp_path: Path) -> None:
         assert values and all((value > 0.95) if perfect else (value < 0.05) for value in values)
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", sorted(ROWS))
 def test_no_prompt_depends_on_its_answer(preset: str, tmp_path: Path) -> None:
     one = build(write(tmp_path / "a", preset), preset).test
     two = build(write(tmp_path / "b", preset, lambda i: i + 1), preset).test
@@ -209,7 +209,7 @@ def test_no_prompt_depends_on_its_answer(preset: str, tmp_path: Path) -> None:
     assert sum(changed) == 6  # of a dialogue, the last answer
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", sorted(ROWS))
 def test_sections_are_valid_for_their_recipe(preset: str) -> None:
     found = load_preset(preset)
     settings = DataSettings(preset=preset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from eval.compare import main
 from eval.comparison import compare_runs, read_runs, run_labels
 from eval.comparison_page import write_comparison
 from eval.records import Accuracy, Latency, Machine, Memory, ModelFacts, RunReport, StageRecord, Storage, Timing
-from eval.scatter import pareto_front
+from eval.scatter import MEMORY, pareto_front, scatter_png
 
 
 def stage(name: str, right: int, megabytes: float, speed: float, n: int = 100) -> StageRecord:
@@ -59,6 +60,7 @@ def test_rows_tests_and_what_differs() -> None:
     result = compare_runs(runs, ["a", "b"])
     assert [entry.name for entry in result.entries] == ["original", "a", "b"]
     assert result.differing == ("steps.0.bits",) and result.settings == (("a", ("4",)), ("b", ("3",)))
+    assert result.setting_labels == ["Setting", "a", "b"] and result.setting_rows == [("steps.0.bits", "4", "3")]
     better, same = result.tests
     assert "+40.0 points" in better.accuracy and float(better.adjusted) < 1e-6
     assert "2 gained, 0 lost" in same.accuracy and float(same.adjusted) == pytest.approx(0.5)
@@ -135,6 +137,19 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "foreign" / "thesis.txt").write_text("years")
     assert main([*folders, "--output", str(tmp_path / "foreign")]) == 2
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
+
+
+def test_long_names_leave_room_for_the_plot() -> None:
+    names, stages = ["n" * 90, "m" * 90], [stage("a", 90, 100, 30), stage("b", 80, 90, 40)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # axes that collapse are only warned of
+        assert scatter_png(names, stages, MEMORY) is not None
+
+
+def test_every_table_scrolls_by_itself(tmp_path: Path) -> None:
+    result = compare_runs([report(name, stage("end", 90, 100, 30), bits=name) for name in "ab"], ["a", "b"])
+    page = write_comparison(result, tmp_path / "c").read_text()
+    assert page.count("<table") == page.count('<div class="wide"><table') == 3 and ".wide { overflow-x: auto; }" in page
 
 
 def test_unreadable_runs_are_all_told(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from compress_peft.data.examples import Example
 from compress_peft.errors import CorruptFile, MissingRequirement
 from eval.chat import missing_chat
-from eval.judge import JudgeSettings, judge_answers, judge_prompt, parse_grade, unparsed_note
-from eval.records import RunReport
+from eval.judge import JudgeSettings, judge_answers, judge_messages, parse_grade, unparsed_note
+from eval.records import Judgement, RunReport, TextScore
 from pipelines.run import EXIT_DONE, EXIT_USER, main
 from tests.pipelines.conftest import recipe, write_recipe  # noqa: F401  a fixture
 
@@ -78,6 +78,21 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
         thread.join()
 
 
+def judged(
+    settings: JudgeSettings, answers: list[str], examples: list[Example], task: str, cache: Path
+) -> tuple[TextScore | None, tuple[Judgement, ...]]:
+    """Of examples with one turn, which have one score."""
+    scores, judgements = judge_answers(settings, [(answer,) for answer in answers], examples, task, cache)
+    assert len(scores) <= 1
+    return (scores[0] if scores else None), judgements
+
+
+def seen(settings: JudgeSettings, example: Example, answer: str) -> str:
+    system, user = judge_messages(settings, example, [answer])
+    assert system == {"role": "system", "content": "You are a helpful assistant."} and user["role"] == "user"
+    return user["content"]
+
+
 @pytest.mark.parametrize(
     ("reply", "grade"),
     [
@@ -98,14 +113,14 @@ def test_the_last_rating_on_the_scale_counts(reply: str, grade: float | None) ->
 def test_the_judge_sees_question_answer_and_the_reference_only_when_asked() -> None:
     plain = JudgeSettings(endpoint="http://h/v1", model="j")
     example = Example("Q {reference}?", " 42", references=("42", "forty-two"))
-    text = judge_prompt(plain, example, "A {question}")
+    text = seen(plain, example, "A {question}")
     assert "[Question]\nQ {reference}?\n" in text and "Answer]\nA {question}\n[The End" in text and "42" not in text
-    shown = judge_prompt(plain.model_copy(update={"reference": True}), example, "A")
+    shown = seen(plain.model_copy(update={"reference": True}), example, "A")
     assert (
         "[The Start of Reference Answer]\n42\nforty-two\n[The End" in shown and "correctness and helpfulness" in shown
     )
     own = JudgeSettings(endpoint="http://h/v1", model="j", prompt='{"q": "{question}"} {answer}')
-    assert judge_prompt(own, example, "A") == '{"q": "Q {reference}?"} A'
+    assert seen(own, example, "A") == '{"q": "Q {reference}?"} A'
 
 
 @pytest.mark.parametrize(
@@ -127,7 +142,7 @@ def test_wrong_settings(wrong: dict[str, Any], words: str) -> None:
 def test_grades_and_every_reply_are_kept_and_lost_ones_named(server: Judge, tmp_path: Path) -> None:
     grades = iter(["[[2]]", "I would rather not.", "[[10]]", "[[6]]"])
     server.say = lambda prompt: next(grades)
-    score, judgements = judge_answers(server.settings(), ANSWERS, EXAMPLES, "sums", tmp_path)
+    score, judgements = judged(server.settings(), ANSWERS, EXAMPLES, "sums", tmp_path)
     assert score is not None and score.scores == (2.0, 10.0, 6.0) and score.value == 6.0 and score.n == 3
     assert score.low < 6.0 < score.high and not score.share
     assert [j.reply for j in judgements] == ["[[2]]", "I would rather not.", "[[10]]", "[[6]]"]
@@ -135,14 +150,14 @@ def test_grades_and_every_reply_are_kept_and_lost_ones_named(server: Judge, tmp_
     request = server.requests[0]
     assert request["path"] == "/v1/chat/completions" and (request["model"], request["temperature"]) == ("j", 0.0)
     server.say = lambda prompt: "hm"
-    score, judgements = judge_answers(server.settings(), ANSWERS, EXAMPLES, "sums", tmp_path / "other")
+    score, judgements = judged(server.settings(), ANSWERS, EXAMPLES, "sums", tmp_path / "other")
     assert score is None and "4 of 4" in unparsed_note(judgements)[0]
 
 
 def test_a_subset_graded_is_no_pair_of_another(server: Judge, tmp_path: Path) -> None:
     server.say = lambda prompt: "none" if "nought" in prompt else "[[4]]"
-    one, _ = judge_answers(server.settings(), ANSWERS, EXAMPLES, "", tmp_path)
-    other, _ = judge_answers(server.settings(), ANSWERS[::-1], EXAMPLES, "", tmp_path)
+    one, _ = judged(server.settings(), ANSWERS, EXAMPLES, "", tmp_path)
+    other, _ = judged(server.settings(), ANSWERS[::-1], EXAMPLES, "", tmp_path)
     assert one is not None and other is not None and one.n == other.n
     assert one.references_sha256 != other.references_sha256
 
@@ -150,29 +165,29 @@ def test_a_subset_graded_is_no_pair_of_another(server: Judge, tmp_path: Path) ->
 def test_replies_are_paid_once_also_after_a_failure(server: Judge, tmp_path: Path) -> None:
     server.first = [200, 200, 400]
     with pytest.raises(MissingRequirement, match="status 400"):
-        judge_answers(server.settings(), ANSWERS, EXAMPLES, "", tmp_path)
+        judged(server.settings(), ANSWERS, EXAMPLES, "", tmp_path)
     before = len(server.requests)
     kept = len(list(tmp_path.glob("*.json")))
     assert 2 <= kept < 4
-    first, _ = judge_answers(server.settings(parallel=3), ANSWERS, EXAMPLES, "", tmp_path)
+    first, _ = judged(server.settings(parallel=3), ANSWERS, EXAMPLES, "", tmp_path)
     assert len(server.requests) == before + 4 - kept
-    again, _ = judge_answers(server.settings(parallel=3), ANSWERS, EXAMPLES, "", tmp_path)
+    again, _ = judged(server.settings(parallel=3), ANSWERS, EXAMPLES, "", tmp_path)
     assert again == first and len(server.requests) == before + 4 - kept
-    judge_answers(server.settings(model="other"), ["same"] * 2, EXAMPLES[:1] * 2, "", tmp_path)
+    judged(server.settings(model="other"), ["same"] * 2, EXAMPLES[:1] * 2, "", tmp_path)
     assert len(server.requests) == before + 4 - kept + 1  # equal questions are one
     next(tmp_path.glob("*.json")).write_text("{")
     with pytest.raises(CorruptFile, match="delete it"):
-        judge_answers(server.settings(), ANSWERS, EXAMPLES, "", tmp_path)
-        judge_answers(server.settings(model="other"), ["same"], EXAMPLES[:1], "", tmp_path)
+        judged(server.settings(), ANSWERS, EXAMPLES, "", tmp_path)
+        judged(server.settings(model="other"), ["same"], EXAMPLES[:1], "", tmp_path)
 
 
 def test_asked_again_after_429_and_5xx_and_then_given_up(server: Judge, tmp_path: Path) -> None:
     server.first = [429, 503]
-    score, _ = judge_answers(server.settings(), ANSWERS[:1], EXAMPLES[:1], "", tmp_path)
+    score, _ = judged(server.settings(), ANSWERS[:1], EXAMPLES[:1], "", tmp_path)
     assert score is not None and score.value == 7.0 and len(server.requests) == 3
     server.first = [500] * 3
     with pytest.raises(MissingRequirement, match=r"3 attempts.*status 500"):
-        judge_answers(server.settings(retries=2), ANSWERS[1:2], EXAMPLES[1:2], "", tmp_path)
+        judged(server.settings(retries=2), ANSWERS[1:2], EXAMPLES[1:2], "", tmp_path)
     assert len(server.requests) == 6
 
 
@@ -186,7 +201,7 @@ def test_what_is_refused_at_once_tells_no_key(
     monkeypatch.setenv("JUDGE_KEY", KEY)
     server.first = [first]
     with pytest.raises(MissingRequirement, match=words) as refusal:
-        judge_answers(server.settings(api_key_env="JUDGE_KEY"), ANSWERS[:1], EXAMPLES[:1], "", tmp_path)
+        judged(server.settings(api_key_env="JUDGE_KEY"), ANSWERS[:1], EXAMPLES[:1], "", tmp_path)
     assert len(server.requests) == 1 and server.keys == [f"Bearer {KEY}"] and KEY not in str(refusal.value)
 
 

@@ -126,5 +126,5 @@ def test_the_schema_takes_presets(data: dict[str, Any]) -> None:
 def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert methods.main(["--presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 12
+    assert len(lines) == 2 + 13
     assert any(line.startswith("| `squad` | 1 |") and "exact_match, f1" in line for line in lines)

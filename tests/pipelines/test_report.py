@@ -193,6 +193,7 @@ def test_html_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert not re.search(r"url\((?!#)|@import|<script", html)
     assert len(set(page.ids)) == len(page.ids)
     assert "<b>markup</b>" not in html and "&lt;b&gt;markup" in html
+    assert html.count("<table") == html.count('<div class="wide"><table') > 5
     assert html.count("<svg") == 3 and "var(--ink)" in html and "#010203" not in html
 
 

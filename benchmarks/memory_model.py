@@ -116,7 +116,7 @@ def measure_training(folder: str, configuration: Configuration) -> dict[str, int
             model,
             tokenizer,
             pairs,
-            pairs[:1],
+            pairs * 2,  # validation takes twice as many rows at once
             TrainingSettings(
                 max_steps=2,  # the second has the optimizer's moments
                 batch_size=configuration.batch,

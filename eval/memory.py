@@ -2,15 +2,17 @@
 
     peak = process + weights + (inference) keys and values + activations of one block + logits
                              + (training)  gradients + optimizer + best weights + saved activations + logits
+                             + (block walk) activations between blocks + statistics + work on a layer
+                             + (merging, export) what is made of the weights, and what it is compared with
 
-Every function is pure arithmetic on a model (on the meta device too) and a recipe's numbers, in bytes. Only the
-process itself, Python with its libraries, is measured: see `process_baseline`.
+The block walk is that of `compress_peft.models.needs`. Every function is pure arithmetic on a model (on the meta device
+too) and a recipe's numbers, in bytes. Only the process itself, Python with its libraries, is measured: see
+`process_baseline`.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -18,13 +20,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from compress_peft.models.layers import decoder_layers, linear_layers
+from compress_peft.models.layers import linear_layers
+from compress_peft.models.needs import LAYER_COPIES, BlockWidths, head_size, text_config
 from compress_peft.models.random_model import byte_tokenizer, config_from
 from compress_peft.weights.kernels import SCRATCH
 from eval.records import MemoryEstimate
 
 ADAM_BYTES = 8
 """Of AdamW's two float32 moments, a trainable parameter."""
+
+DISTILLED_LOGITS = 5
+"""Tensors like the logits of the predicted tokens that are there at once where distributions are compared: their
+log-probabilities, those without the teacher's tokens, and three in the gradient of their sum (or the logits themselves
+and two in the sum, where there are no gradients)."""
 
 
 @functools.cache
@@ -39,39 +47,6 @@ def process_baseline() -> int:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         AutoModelForCausalLM.from_config(config_from(config | heads))(torch.zeros(1, 64, dtype=torch.long))
     return psutil.Process().memory_info().rss
-
-
-@dataclass(frozen=True)
-class BlockWidths:
-    """Numbers a token that the blocks hold, from the layers as they are (pruned ones too)."""
-
-    hidden: int
-    blocks: int
-    attention: int
-    """Heads times head size: what enters the output projection."""
-    inner: int
-    """What enters the down projections, all blocks together."""
-    outputs: int
-    """What leaves the linear layers, all blocks together."""
-
-    @classmethod
-    def of(cls, model: nn.Module) -> BlockWidths:
-        config = text_config(model)
-        hidden, blocks = config.hidden_size, len(decoder_layers(model))
-        attention = config.num_attention_heads * head_size(config)
-        layers = [layer for _, layer in linear_layers(model)]
-        inner = sum(layer.in_features for layer in layers if layer.in_features not in (hidden, attention))
-        return cls(hidden, blocks, attention, inner, sum(layer.out_features for layer in layers))
-
-
-def text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config()
-
-
-def head_size(config: Any) -> int:
-    named = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)  # the second is T5's
-    return named or config.hidden_size // config.num_attention_heads
 
 
 def kv_cache_bytes(config: Any, rows: int, tokens: int, bytes_each: int) -> int:
@@ -91,24 +66,18 @@ def scratch_bytes(model: nn.Module, compressed: bool, bytes_each: int) -> int:
 
 
 def passing_bytes(model: nn.Module, tokens: int, bytes_each: int) -> int:
-    """At most alive in one block of a forward pass: the stream twice, and the MLP's three or the attention's five."""
-    widths = BlockWidths.of(model)
-    inner = widths.inner // widths.blocks
-    return tokens * (2 * widths.hidden + max(3 * inner, 5 * widths.attention)) * bytes_each
+    """At most alive in one block of a forward pass."""
+    return tokens * BlockWidths.of(model).passing * bytes_each
 
 
 def saved_bytes(model: nn.Module, tokens: int, bytes_each: int, checkpointing: bool, everything: bool) -> int:
     """Activations kept for the backward pass of `tokens` tokens.
 
-    A block keeps what its linear layers put out (the two that close a branch: the stream after it), two normalized
-    streams, the attention's result before and after its heads are joined, and the two factors' product and the
-    activation in the MLP. everything: the norms train too, and keep what they scale.
-    With checkpointing a block keeps its input, and one block at a time all of it.
+    everything: the norms train too. With checkpointing a block keeps its input, and one block at a time all of it.
     """
     widths = BlockWidths.of(model)
-    streams = 4 if everything else 2
-    block = widths.outputs + 2 * widths.inner + (streams * widths.hidden + 2 * widths.attention) * widths.blocks
-    kept = widths.hidden * widths.blocks + block // widths.blocks if checkpointing else block
+    block = widths.saved(everything)
+    kept = widths.hidden * widths.blocks + block if checkpointing else block * widths.blocks
     return tokens * kept * bytes_each
 
 
@@ -156,8 +125,10 @@ def estimate_training(
     checkpointing: bool = False,
     added: bool = True,
     baseline: int = 0,
+    distilling: bool = False,
+    teacher_logits: int = 0,
 ) -> MemoryEstimate:
-    """One optimizer step of the training loop.
+    """One optimizer step of the training loop, and a validation, of twice as many rows.
 
     weights: bytes of the model without an adapter. trainable: parameters that train, in float32; added: they come on
     top of the weights. length, response: tokens of a row, and those of them that are predicted. The peak is either at
@@ -169,8 +140,11 @@ def estimate_training(
     """
     vocabulary, tokens = text_config(model).vocab_size, batch * length
     saved = saved_bytes(model, tokens, bytes_each, checkpointing, everything=not added)
-    logits = 3 * 4 * batch * (response + 1) * vocabulary
-    backward = max(logits, passing_bytes(model, tokens, bytes_each)) + scratch_bytes(model, compressed, bytes_each)
+    logits = 4 * batch * (response + 1) * vocabulary
+    scratch = scratch_bytes(model, compressed, bytes_each)
+    copies = (DISTILLED_LOGITS if distilling else 3) + teacher_logits
+    passing = max(copies * logits, passing_bytes(model, tokens, bytes_each))
+    backward, validating = passing + scratch, 2 * passing + scratch
     own, gradients, optimizer = 4 * trainable * added, 4 * trainable, ADAM_BYTES * trainable
     best = 2 * 4 * trainable  # the best weights so far, and those that are about to replace them
     held = baseline + weights + own + optimizer
@@ -181,5 +155,52 @@ def estimate_training(
         activation_bytes=saved + backward,
         gradient_bytes=gradients,
         optimizer_bytes=optimizer,
-        peak_bytes=int(held + max(best // 2 + saved + backward, gradients + best)),
+        peak_bytes=int(held + max(best // 2 + max(saved + backward, validating), gradients + best)),
     )
+
+
+def estimate_scoring(
+    model: nn.Module, weights: float, *, rows: int, batch: int, length: int, response: int, position: int
+) -> float:
+    """A teacher that writes its scores to disk. rows: at most in a file; position: bytes that a predicted token takes
+    there. A file's scores are there in pieces and as a whole, and twice more as bytes when it is written."""
+    logits = 4 * batch * (response + 1) * text_config(model).vocab_size
+    scoring = max(DISTILLED_LOGITS * logits, passing_bytes(model, batch * length, 4))
+    scores = rows * response * position
+    return weights + max(scoring + scores, 4 * scores)
+
+
+def estimate_merging(
+    model: nn.Module,
+    weights: float,
+    *,
+    compressed: float,
+    new: float,
+    length: int,
+    compared: int,
+    bytes_each: int,
+) -> float:
+    """An adapter merged into its backbone, and both compared on texts, at most.
+
+    weights: with the adapter; they stay beside what is made of them. compressed: bytes of the compressed layers, which
+    are copied before and, where they still are compressed, after (`new` counts that). new: bytes that the merge makes.
+    length: of a text at most, one of which is worked out at a time; 0 for none. compared: tokens whose logits are, of
+    both models and then with six more tensors for a text; of the last text all are there.
+    """
+    kept = 2 * (compared + length) + max(length, 6 * min(length, compared))
+    comparing = 4 * kept * text_config(model).vocab_size + passing_bytes(model, length, bytes_each) if length else 0
+    return weights + compressed + new + max(comparing, layer_bytes(model))
+
+
+def estimate_export(model: nn.Module, weights: float, *, written: float, dense: float) -> float:
+    """A model written and read back. written: bytes of the file, which is mapped when it is read.
+
+    dense: bytes of all weights in float32 for a format that no loader of ours reads; 0 for others. What is to be
+    written is then made as a whole before, and what was read becomes dense twice: as tensors and in a model.
+    """
+    return weights + written + (written + 2 * dense if dense else 0) + scratch_bytes(model, True, 4)
+
+
+def layer_bytes(model: nn.Module) -> float:
+    """Work on the largest layer alone."""
+    return 4.0 * LAYER_COPIES * max(layer.weight.numel() for _, layer in linear_layers(model))

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from compress_peft.data.blocks import CalibrationSettings, calibration_blocks, shared_passages
 from compress_peft.errors import ConfigError, DataError, Problem
-from compress_peft.models.layers import decoder_layers
-from compress_peft.models.walk import CHUNK_TOKENS
 from pipelines.plan import ModelShape
 from pipelines.state import RunState
 
@@ -77,23 +75,3 @@ def check_calibration(settings: CalibrationSettings, shape: ModelShape, where: s
         what = f"{settings.length} tokens exceed the model's {limit} positions"
         problems.append(Problem(f"{where}.calibration.length", what, f"use at most {limit}"))
     return problems
-
-
-def walk_bytes(
-    settings: CalibrationSettings, shape: ModelShape, layers: dict[str, tuple[int, int]], hessians: bool
-) -> float:
-    """Memory of a block walk, at most: hidden states of all calibration tokens and the activations of one pass through
-    a block; with hessians one block's Hessians (as if no two layers shared one), and three more matrices like the
-    largest for its factor. layers: name -> (out, in) of those that the walk looks at."""
-    config = shape.model.config.get_text_config()
-    states = settings.samples * settings.length * config.hidden_size * shape.bytes_each
-    passing = shape.activation_bytes(max(CHUNK_TOKENS, settings.length), checkpointing=False) / config.num_hidden_layers
-    if not hessians:
-        return states + passing
-    blocks: dict[str, list[int]] = {}
-    for name, (_, columns) in layers.items():
-        block = next(root for root, _ in decoder_layers(shape.model) if name.startswith(f"{root}."))
-        blocks.setdefault(block, []).append(columns)
-    gathered = 4.0 * max(sum(size**2 for size in sizes) for sizes in blocks.values())
-    factor = 4.0 * 3 * max(max(sizes) for sizes in blocks.values()) ** 2
-    return states + gathered + factor + passing

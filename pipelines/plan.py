@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from compress_peft.loading import choose_device, choose_dtype
 from compress_peft.models.encoder_decoder import auto_class
 from compress_peft.models.gguf import gguf_config
 from compress_peft.models.layers import is_encoder_decoder, linear_layers
+from compress_peft.models.needs import walk_bytes
 from compress_peft.models.random_model import config_from
 from compress_peft.models.sources import file_in_package, missing_source
 from compress_peft.quantization import Quantizer
 from compress_peft.quantization.apply import select_layers
-from eval.memory import estimate_inference, estimate_training, process_baseline, saved_bytes
+from eval.memory import estimate_inference, estimate_training, process_baseline
 from eval.records import MemoryEstimate
 from pipelines.inputs import missing_inputs
 
@@ -31,18 +33,23 @@ SHORT_ANSWER = 8
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """memory: bytes at the step's peak, without the process itself. disk: bytes that it leaves."""
+    """memory: bytes at the step's peak, without the process itself. disk: bytes that it leaves. at_most: what the
+    memory depends on is not known yet, such as the lengths of texts, and the figure is an upper bound."""
 
     memory: float
     disk: float
     note: str = ""
+    at_most: bool = False
 
 
 class ModelShape:
     """The model without its weights (meta device), and what the planned steps have made of it so far."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, sequence_length: int):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, sequence_length: int, on_cpu: bool = True):
         self.model = model
+        self.mapped = on_cpu and getattr(model.config, "dtype", None) in (None, dtype)
+        """Weights that need no conversion stay in the file, mapped into memory: as long as one of them is left, all of
+        it is counted."""
         self.sequence_length = sequence_length
         self.bytes_each = torch.empty((), dtype=dtype).element_size()
         self.adapter_parameters = 0
@@ -75,28 +82,57 @@ class ModelShape:
         compressed = sum(layers[name].weight.numel() for name in self._compressed)
         return (self.parameters - compressed) * self.bytes_each + sum(self._compressed.values())
 
-    def largest_layer_bytes(self) -> float:
-        return max(layer.weight.numel() for _, layer in linear_layers(self.model)) * 4.0
+    def compressed_bytes(self) -> float:
+        """Of the compressed layers."""
+        return sum(self._compressed.values())
 
-    def activation_bytes(self, tokens: int, checkpointing: bool) -> float:
-        """Activations kept for the backward pass, in one batch of `tokens` tokens."""
-        return saved_bytes(self.model, tokens, self.bytes_each, checkpointing, everything=False)
+    def decompressed_bytes(self) -> float:
+        """What the compressed layers would take dense."""
+        layers = dict(linear_layers(self.model, inside_blocks=False))
+        return float(sum(layers[name].weight.numel() for name in self._compressed) * self.bytes_each)
 
-    def training(self, trainable: int, settings: Any, added: bool = True) -> MemoryEstimate:
-        """Of the training loop without the process itself; answers of tasks with choices are short, others as long as
-        the texts may be. settings: TrainingSettings. added: the parameters come on top of the model's weights."""
+    def walking(
+        self,
+        layers: dict[str, nn.Linear],
+        needs: Sequence[str],
+        calibration: Any,
+        copies: float = 0,
+        kept: bool = False,
+    ) -> float:
+        """Of a walk over the blocks of the model in memory, beyond its weights; see `walk_bytes`. calibration:
+        CalibrationSettings, or None."""
+        tokens = (calibration.samples, calibration.length) if calibration is not None else (0, 0)
+        return walk_bytes(self.model, layers, self.bytes_each, tokens, needs, copies, kept)
+
+    def response_length(self, length: int) -> int:
+        """Tokens that are predicted, at most: answers of tasks with choices are short, others as long as the rows."""
         choices = self.recipe is not None and self.recipe.data is not None and self.recipe.data.choices
+        return SHORT_ANSWER if choices else length
+
+    def training(
+        self,
+        trainable: int,
+        settings: Any,
+        added: bool = True,
+        length: int | None = None,
+        response: int | None = None,
+        **distilling: Any,
+    ) -> MemoryEstimate:
+        """Of the training loop without the process itself. settings: TrainingSettings. added: the parameters come on
+        top of the model's weights. distilling: as `estimate_training` takes it."""
+        length = length or self.sequence_length
         return estimate_training(
             self.model,
             self.weight_bytes(),
             trainable,
             batch=settings.batch_size,
-            length=self.sequence_length,
-            response=SHORT_ANSWER if choices else self.sequence_length,
+            length=length,
+            response=response or self.response_length(length),
             bytes_each=self.bytes_each,
             compressed=bool(self._compressed),
             checkpointing=settings.gradient_checkpointing,
             added=added,
+            **distilling,
         )
 
     def running(self, profile: Any) -> MemoryEstimate:
@@ -178,7 +214,7 @@ def make_plan(recipe: Any, folder: Path) -> Plan:
     lines = [f"run folder   {folder}", f"model        {recipe.model.source} (structure from: {origin})"]
     if model is not None:
         length = recipe.data.max_length if recipe.data is not None else 512
-        shape = ModelShape(model, dtype, length)
+        shape = ModelShape(model, dtype, length, device.type == "cpu")
         shape.recipe = recipe
         hosts = f"{shape.parameters:,} parameters, {_size(shape.weight_bytes())} in {str(dtype).removeprefix('torch.')}"
         lines.append(f"             {type(model).__name__}, {hosts}, on {device}")
@@ -245,7 +281,8 @@ def _step_lines(recipe: Any, shape: ModelShape | None, problems: list[Problem]) 
                     continue
                 peak, disk = max(peak, estimate.memory), disk + estimate.disk
                 note = f" ({estimate.note})" if estimate.note else ""
-                line += f" - memory {_size(estimate.memory)}, disk {_size(estimate.disk)}{note}"
+                bound = "at most " if estimate.at_most else ""
+                line += f" - memory {bound}{_size(estimate.memory)}, disk {_size(estimate.disk)}{note}"
                 if recipe.evaluate.profile is not None:
                     line += f"; afterwards {_running(recipe, shape)}"
         lines.append(line)

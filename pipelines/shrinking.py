@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import nn
+
 from compress_peft.errors import ModelError, Problem
+from compress_peft.models.layers import linear_layers
 from compress_peft.models.save import save_model
 from compress_peft.pruning.structured import Shrinker, block_parameters, shrink_model
 from compress_peft.pruning.structured.plan import shrink
-from pipelines.calibration import calibration_text, check_calibration, overlap_notes, walk_bytes
+from compress_peft.training import TrainingSettings
+from pipelines.calibration import calibration_text, check_calibration, overlap_notes
 from pipelines.plan import ModelShape, StepEstimate
 from pipelines.state import RunState
 from pipelines.steps.base import StepResult
@@ -46,12 +51,24 @@ def estimate_shrink(shrinker: Shrinker, shape: ModelShape) -> StepEstimate:
     Raises:
         ModelError: it cannot be cut like this.
     """
-    settings, size, before = shrinker.calibration, shape.weight_bytes(), block_parameters(shape.model)
-    walk = walk_bytes(settings, shape, {}, hessians=False)
-    if shrinker.gradients:
-        walk += 4.0 * before + shape.activation_bytes(settings.length, checkpointing=False)
-    shrink(shape.model, shrinker.widths(shape.model))
+    settings, weights, before = shrinker.calibration, shape.weight_bytes(), block_parameters(shape.model)
+    layers, sizes = dict(linear_layers(shape.model)), _sizes(shape.model)
+    walk = shape.walking(layers, (), settings)
+    if shrinker.gradients:  # of a sample, and their sums, and those of their squares
+        trained = shape.training(0, TrainingSettings(batch_size=1), length=settings.length, response=settings.length)
+        walk = 3 * 4.0 * before + trained.activation_bytes
+    plan = shrinker.widths(shape.model)
+    shrink(shape.model, plan)
+    left = _sizes(shape.model)
     shape.parameters = sum(parameter.numel() for parameter in shape.model.parameters())
+    cut = sum(math.prod(size) for name, size in left.items() if sizes.get(name) != size) * shape.bytes_each
+    if plan.rotation is not None:
+        cut = weights  # all of it is rotated before it is cut
     share = 1 - block_parameters(shape.model) / before
     note = f"{100 * share:.1f}% of the parameters in the decoder blocks go"
-    return StepEstimate(memory=size + walk, disk=shape.weight_bytes(), note=note)
+    memory = weights + max(walk, cut * shape.mapped)
+    return StepEstimate(memory=memory, disk=shape.weight_bytes(), note=note, at_most=shrinker.gradients)
+
+
+def _sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

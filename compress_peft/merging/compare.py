@@ -17,9 +17,11 @@ from compress_peft.models.layers import is_encoder_decoder, linear_layers
 from compress_peft.models.prompts import prompt_kwargs
 from compress_peft.weights.compressed import CompressedWeight
 
+COMPARED_TOKENS = 512
+
 
 @torch.no_grad()
-def sample_logits(model: nn.Module, batches: Iterable[Any], tokens: int = 512) -> list[Tensor]:
+def sample_logits(model: nn.Module, batches: Iterable[Any], tokens: int = COMPARED_TOKENS) -> list[Tensor]:
     """float32 (n, vocabulary) on the CPU for each batch, at its real tokens in order; at most so many tokens in all.
 
     batches: objects or mappings with input_ids, attention_mask and, where there, position_ids and prompt_end, which an

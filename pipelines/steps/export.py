@@ -16,6 +16,7 @@ from compress_peft.loading import load
 from compress_peft.weights.affine import affine_spec
 from compress_peft.weights.compressed import dtype_from_name
 from compress_peft.weights.storage import Spec
+from eval.memory import estimate_export
 from pipelines.plan import ModelShape, StepEstimate
 from pipelines.state import RunState
 from pipelines.steps.base import STEPS, Step, StepResult
@@ -107,8 +108,18 @@ class Export(Step):
 
     def estimate(self, shape: ModelShape) -> StepEstimate:
         size = shape.weight_bytes() + 4 * shape.adapter_parameters
-        dense = 0 if all(exporter.loadable for exporter in self.exporters) else 4 * shape.parameters
-        return StepEstimate(memory=2 * size + dense, disk=size * len(self.exporters), note="")
+        rest = shape.weight_bytes() - shape.compressed_bytes()
+        half = shape.compressed_bytes() + rest * 2 / shape.bytes_each  # what is not compressed, in half precision
+        peaks = [
+            estimate_export(
+                shape.model,
+                size,
+                written=size if exporter.loadable else half,
+                dense=0 if exporter.loadable else 4 * shape.parameters,
+            )
+            for exporter in self.exporters
+        ]
+        return StepEstimate(memory=max(peaks), disk=size * len(self.exporters))
 
 
 def planned_specs(shape: ModelShape) -> dict[str, Spec]:

@@ -111,4 +111,5 @@ class Finetune(Step):
             memory=needed.peak_bytes,
             disk=parameters * 4 * 5,  # adapter and two checkpoints with moments
             note=f"{'at most ' if searched else ''}{parameters:,} trainable parameters{parts}",
+            at_most=True,  # texts may be shorter
         )

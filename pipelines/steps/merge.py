@@ -13,12 +13,20 @@ from compress_peft.errors import Problem
 from compress_peft.loading import load
 from compress_peft.merging import MERGERS, Dense, MergeContext
 from compress_peft.merging.combine import Combination, How, folder_problem, load_combination
-from compress_peft.merging.compare import bits_per_weight, changed_bytes, compare_logits, sample_logits, stored
+from compress_peft.merging.compare import (
+    COMPARED_TOKENS,
+    bits_per_weight,
+    changed_bytes,
+    compare_logits,
+    sample_logits,
+    stored,
+)
 from compress_peft.models.bundle import save_folder
 from compress_peft.models.layers import linear_layers
 from compress_peft.models.sparsity import sparsity
 from compress_peft.registry import changed
-from pipelines.calibration import calibration_text, check_calibration, overlap_notes, walk_bytes
+from eval.memory import estimate_merging
+from pipelines.calibration import calibration_text, check_calibration, overlap_notes
 from pipelines.plan import ModelShape, StepEstimate
 from pipelines.state import RunState
 from pipelines.steps.base import STEPS, Alternative, Step, StepResult
@@ -30,7 +38,6 @@ DENSE = ("dense", True)
 """The policy that auto does not choose on a quantized backbone."""
 COMPARED = 16
 """Texts of the validation split on which merged and unmerged logits are compared."""
-
 
 OWN = ("also", "adapters", "combine", "density", "seed")
 """Keys of the step itself; the others are settings of the policy."""
@@ -204,7 +211,8 @@ class Merge(Step):
         if count := merger.prompts_needed():
             held_out = isinstance(merger, Dense)
             context.calibration = state.held_out_batches(count) if held_out else state.calibration_batches(count)
-        texts = list(state.held_out_batches(COMPARED)) if state.recipe.data is not None else []
+        # One at a time, so that no more logits are worked out than are compared.
+        texts = list(state.held_out_batches(COMPARED, batch_size=1)) if state.recipe.data is not None else []
         reference, before, zeros = sample_logits(reference_model, texts), stored(model), sparsity(model)
         del reference_model
         merged = merger.merge(model, context=context)
@@ -230,6 +238,27 @@ class Merge(Step):
 
     def estimate(self, shape: ModelShape) -> StepEstimate:
         size = shape.weight_bytes() + 4 * shape.adapter_parameters
-        layers = {name: (layer.out_features, layer.in_features) for name, layer in linear_layers(shape.model)}
-        walks = [walk_bytes(merger.text_needed(), shape, layers, hessians=True) for merger in self._texts()]
-        return StepEstimate(memory=2 * size + max(walks, default=0.0), disk=size * (1 + len(self.also)), note="")
+        compares = shape.recipe is not None and shape.recipe.data is not None
+        peaks = [
+            estimate_merging(
+                shape.model,
+                size,
+                compressed=shape.compressed_bytes(),
+                new=self._new_bytes(merger, shape),
+                length=shape.sequence_length if compares else 0,
+                compared=COMPARED_TOKENS,
+                bytes_each=shape.bytes_each,
+            )
+            for merger in (self.merger, *(MERGERS.create(name) for name in self.also))
+        ]
+        layers = dict(linear_layers(shape.model))
+        peaks += [size + shape.walking(layers, ("hessian",), merger.text_needed()) for merger in self._texts()]
+        return StepEstimate(memory=max(peaks), disk=size * (1 + len(self.also)), at_most=compares)
+
+    def _new_bytes(self, merger: Any, shape: ModelShape) -> float:
+        """Of the weights that a merge makes beside those that are there: dense ones, or codes and a copy of them."""
+        several = shape.decompressed_bytes() if self.adapters else 0.0  # what the merge is compared with
+        if isinstance(merger, Dense):
+            original = 0.0 if merger.base == "dequantized" else float(shape.parameters * shape.bytes_each)
+            return shape.decompressed_bytes() * (2 if merger.base == "auto" else 1) + original + several
+        return 2 * shape.compressed_bytes() + several

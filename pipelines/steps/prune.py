@@ -21,7 +21,7 @@ from compress_peft.pruning import PRUNERS, prune_folder, prune_model
 from compress_peft.pruning.structured import SHRINKERS, Shrinker
 from compress_peft.quantization.apply import list_names
 from compress_peft.registry import changed
-from pipelines.calibration import calibration_text, check_calibration, overlap_notes, walk_bytes
+from pipelines.calibration import calibration_text, check_calibration, overlap_notes
 from pipelines.plan import ModelShape, StepEstimate
 from pipelines.shrinking import check_shrink, estimate_shrink, run_shrink
 from pipelines.state import RunState
@@ -180,7 +180,10 @@ class Prune(Step):
             tokens,
             needs or ("norms",),
             ACTIVATIONS_IN_MEMORY,
+            self.pruner.block_copies,
+            self.pruner.keeps_activations,
         )
+        before = shape.compressed_bytes()
         for name, layer in selected.items():
             if bits := self.pruner.estimate_bits((layer.out_features, layer.in_features)):
                 shape.compress({name: layer.weight.numel() * bits / 8})
@@ -188,12 +191,12 @@ class Prune(Step):
         if self.out_of_core is True or auto:
             note += "; block by block, the whole model is never in memory"
             return StepEstimate(memory=by_block.memory, disk=by_block.disk, note=note)
-        walk = 0.0
+        calibration = settings if self.pruner.calibrates else None
+        walk = shape.walking(selected, needs, calibration, self.pruner.block_copies, self.pruner.keeps_activations)
         if self.pruner.calibrates:
-            shapes = {name: (layer.out_features, layer.in_features) for name, layer in selected.items()}
-            walk = walk_bytes(settings, shape, shapes, hessians="hessian" in needs)
-            note += f"; calibration on {tokens[0]} x {tokens[1]} tokens takes up to {walk / 2**20:.0f} MiB"
-        return StepEstimate(memory=size + 2 * shape.largest_layer_bytes() + walk, disk=shape.weight_bytes(), note=note)
+            note += f"; calibration on {tokens[0]} x {tokens[1]} tokens"
+        made = (shape.compressed_bytes() - before) * shape.mapped  # zeros are written over the weights
+        return StepEstimate(memory=size + made + walk, disk=shape.weight_bytes(), note=note)
 
     def _selected(self, shape: ModelShape) -> dict[str, nn.Linear]:
         return dict(select_layers(shape.model, self.pruner.targets, self.pruner.skip, "pruned")[0])

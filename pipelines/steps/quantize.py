@@ -28,7 +28,8 @@ from compress_peft.quantization.head import HeadBits, QuantizedHead, head_group,
 from compress_peft.quantization.mixed import Mixed
 from compress_peft.quantization.quarot import rotate_model, rotation_problems
 from compress_peft.registry import changed
-from pipelines.calibration import calibration_text, check_calibration, overlap_notes, walk_bytes
+from eval.memory import layer_bytes
+from pipelines.calibration import calibration_text, check_calibration, overlap_notes
 from pipelines.plan import ModelShape, StepEstimate
 from pipelines.state import RunState
 from pipelines.steps.base import STEPS, Step, StepResult
@@ -211,17 +212,20 @@ class Quantize(Step):
             self.out_of_core == "auto" and prefers_out_of_core(shape.model, shape.bytes_each)
         ):
             return self._estimate_blocks(shape, before)
-        walk = 0.0
+        quantizer, needs = self.quantizer, self.quantizer.needs
+        layers = dict(select_layers(shape.model, quantizer)[0])
+        calibration = quantizer.calibration if needs else None
+        walk = shape.walking(layers, needs, calibration, quantizer.block_copies, quantizer.keeps_activations)
         self._shrink_head(shape)
-        if self.quantizer.needs:
-            walk = walk_bytes(self.quantizer.calibration, shape, shape.selected(self.quantizer), hessians=True)
-        shape.quantize(self.quantizer)
+        shape.quantize(quantizer)
         after = shape.weight_bytes()
         note = f"{before / after:.1f}x smaller"
-        if walk:
-            settings: CalibrationSettings = self.quantizer.calibration
-            note += f"; calibration on {settings.samples} x {settings.length} tokens takes up to {walk / 2**20:.0f} MiB"
-        return StepEstimate(memory=before + shape.largest_layer_bytes() + walk, disk=after, note=note)
+        if needs:
+            settings: CalibrationSettings = quantizer.calibration
+            note += f"; calibration on {settings.samples} x {settings.length} tokens"
+        rotated = before if self.rotate else 0.0
+        made = (rotated + shape.compressed_bytes()) * shape.mapped
+        return StepEstimate(memory=before + made + walk, disk=after, note=note)
 
     def _estimate_blocks(self, shape: ModelShape, before: float) -> StepEstimate:
         """Of the walk out of core."""
@@ -234,11 +238,15 @@ class Quantize(Step):
             (settings.samples, settings.length) if settings else (0, 0),
             self.quantizer.needs,
             ACTIVATIONS_IN_MEMORY,
+            self.quantizer.block_copies,
+            self.quantizer.keeps_activations,
         )
         shape.quantize(self.quantizer)
+        whole = shape.weight_bytes()
         self._shrink_head(shape)
+        memory = max(needed.memory, whole + layer_bytes(shape.model)) if self.head_bits is not None else needed.memory
         note = f"{before / shape.weight_bytes():.1f}x smaller; block by block, the whole model is never in memory"
-        return StepEstimate(memory=needed.memory, disk=needed.disk, note=note)
+        return StepEstimate(memory=memory, disk=needed.disk, note=note)
 
     def _untie(self, shape: ModelShape) -> None:
         """Count the head that a rotation makes out of a tied one."""

@@ -165,8 +165,10 @@ def test_estimates() -> None:
         estimate(raw) for raw in (MORE, PRUNE | {"method": "wanda"}, PRUNE | {"calibration": SMALL})
     )
     assert plain[1] == plain[2] == wanda[2] and plain[0] < wanda[0] < sparsegpt[0]
-    longer = estimate(PRUNE | {"method": "wanda", "calibration": {"samples": 12, "length": 32}})
-    assert longer[0] - wanda[0] == 6 * 32 * 64 * 4
+    chunk, more = (
+        estimate(PRUNE | {"method": "wanda", "calibration": {"samples": count, "length": 32}}) for count in (64, 70)
+    )
+    assert more[0] - chunk[0] == 6 * 32 * 64 * 4  # beside one chunk in a block
     blocks = estimate(PRUNE | {"method": "wanda", "out_of_core": True})
     assert blocks[0] < wanda[0] and blocks[2] == wanda[2]
     weights = 73728  # of the 14 layers, at 4 bits and 24 bits a group of 32

@@ -106,8 +106,13 @@ class ParaLayer(GradientCheckpointingLayer, BaseTunerLayer):
             self._gradient_checkpointing_func = block._gradient_checkpointing_func
         self._current: list[tuple[Tensor, ...]] = []
         """While the block runs: the vectors of its three layers. A list, since setting a module's attribute is slow."""
-        scalers = (self._scale_query, self._scale_value, self._scale_up)
-        self._hooks = [module.register_forward_hook(hook) for module, hook in zip(modules, scalers, strict=True)]
+        # In place of `forward`, and not as hooks: a module with a hook takes a slower way, which while decoding costs
+        # as much as all the rest of PARA.
+        self._scaled = modules
+        self._replaced = [vars(module).get("forward") for module in modules]
+        self._plain = [module.forward for module in modules]
+        for module, scaled in zip(modules, (self._query, self._value, self._up), strict=True):
+            module.forward = scaled
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -140,8 +145,9 @@ class ParaLayer(GradientCheckpointingLayer, BaseTunerLayer):
         """Name of the adapter whose generator runs in this block now; None when there is none."""
         if self._disable_adapters:
             return None
+        generators: Any = self._modules["para_down"]  # at every token, so not by way of __getattr__
         for name in self.active_adapters:
-            if name in self.para_down:
+            if name in generators:
                 return name
         return None
 
@@ -212,26 +218,31 @@ class ParaLayer(GradientCheckpointingLayer, BaseTunerLayer):
         layer.para_ready = (vectors, batch, split)
         return split
 
-    def _scale_query(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return _scaled(output, self._current[0][0]) if self._current else None
+    def _query(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = self._plain[0](*args, **kwargs)
+        return _times(output, self._current[0][0]) if self._current else output
 
-    def _scale_value(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return _scaled(output, self._current[0][1]) if self._current else None
+    def _value(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = self._plain[1](*args, **kwargs)
+        return _times(output, self._current[0][1]) if self._current else output
 
-    def _scale_up(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        return _scaled(output, self._current[0][2]) if self._current else None
+    def _up(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = self._plain[2](*args, **kwargs)
+        return _times(output, self._current[0][2]) if self._current else output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ConfigError(CANNOT_MERGE)
 
     def release(self) -> None:
         """Leaves the block as it was before."""
-        for hook in self._hooks:
-            hook.remove()
+        for module, before in zip(self._scaled, self._replaced, strict=True):
+            del module.forward
+            if before is not None:  # not the class's own
+                module.forward = before
         if hasattr(self.base_layer, "gradient_checkpointing"):
             self.base_layer.gradient_checkpointing = self.gradient_checkpointing
 
 
-def _scaled(output: Tensor, vector: Tensor) -> Tensor:
-    """The product in float32, in the output's dtype."""
-    return (output * vector).to(output.dtype)
+def _times(output: Tensor, vector: Tensor) -> Tensor:
+    """The product in float32, in the output's dtype; without gradients in the memory of `output`, which is new."""
+    return (output * vector).to(output.dtype) if torch.is_grad_enabled() else output.mul_(vector)

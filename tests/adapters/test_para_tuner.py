@@ -219,7 +219,7 @@ def test_unloading_leaves_nothing_behind(tiny_llama):
     assert bare.model.layers[0].gradient_checkpointing
     for module in bare.modules():
         assert not module._forward_pre_hooks
-        assert not [hook for hook in module._forward_hooks.values() if "_scale" in getattr(hook, "__name__", "")]
+        assert "forward" not in vars(module)
     assert Para().attach(bare)(prompts()).logits.isfinite().all()
 
 
@@ -299,11 +299,29 @@ def test_blocks_that_do_not_fit_are_listed():
         Para(activation="gelo").attach(build_tiny_llama())
 
 
+def test_a_forward_that_others_have_replaced_comes_back(tiny_llama):
+    linear = tiny_llama.model.layers[0].self_attn.q_proj
+    plain = linear.forward
+
+    def doubled(hidden):
+        return 2 * plain(hidden)
+
+    linear.forward = doubled
+    expected = tiny_llama(prompts()).logits
+    model = Para().attach(tiny_llama)
+    assert torch.allclose(model(prompts()).logits, expected)
+    assert model.unload() is tiny_llama and linear.forward is doubled
+
+
 def test_small_changes_survive_bfloat16_outputs():
     """The product is taken in float32: bfloat16 has no number between 1 and 1.0078."""
     layer = para_layers(Para().attach(build_tiny_llama()))[0]
-    output = torch.randn(2, 50, 64).bfloat16()
+    linear = layer.base_layer.self_attn.q_proj.bfloat16()
+    inputs = torch.randn(2, 50, 64).bfloat16()
+    plain = linear(inputs)
     layer._current.append((torch.full((2, 1, 64), 1.003),))
-    found = layer._scale_query(layer, (), output)
-    assert found.dtype == torch.bfloat16 and torch.equal(found, (output.float() * 1.003).bfloat16())
-    assert not torch.equal(found, output)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            found = linear(inputs)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, (plain.float() * 1.003).bfloat16())
+        assert not torch.equal(found, plain)

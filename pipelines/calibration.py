@@ -56,6 +56,8 @@ def overlap_notes(state: RunState, blocks: Tensor) -> list[tuple[str, str]]:
         texts[str(path)] = [path.read_text(encoding="utf-8")]
     if state.recipe.data is not None:
         texts["the test split"] = [example.text for example in state.data().test]
+    further = [task for task in state.tasks() if task.data is not state.recipe.data]
+    texts |= {f"the task {task.name}": [example.text for example in task.test] for task in further}
     notes = []
     for name, documents in texts.items():
         if shared := shared_passages(state.tokenizer(), blocks, documents):

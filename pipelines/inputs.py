@@ -18,17 +18,19 @@ def missing_inputs(model: Any, data: Any, evaluate: Any, device: str) -> list[Pr
     if model is not None:
         missing.append(missing_source(model.source))
     if data is not None:
-        for key, source in data.files().items():
-            problem = missing_data(source)
-            missing.append(problem and Problem(key, problem.what, problem.fix))
+        missing += _missing_data(data, "data")
     for key in ("perplexity", "fidelity"):
         measured = getattr(evaluate, key, None)
         if measured is not None and measured.text != "test" and not Path(measured.text).expanduser().is_file():
             what = f'the file "{measured.text}" does not exist'
             missing.append(Problem(f"evaluate.{key}.text", what, 'give a text file, or "test"'))
-    task = evaluate.task if evaluate is not None else None
-    if task is not None and task.judge is not None:
-        missing += missing_chat(task.judge, "evaluate.task.judge")
+    tasks = {"evaluate.task": evaluate.task} if evaluate is not None and evaluate.task is not None else {}
+    for index, task in enumerate(evaluate.tasks if evaluate is not None else ()):
+        tasks[f"evaluate.tasks[{index}]"] = task
+        missing += _missing_data(task.data, f"evaluate.tasks[{index}].data")
+    for key, task in tasks.items():
+        if task.judge is not None:
+            missing += missing_chat(task.judge, f"{key}.judge")
     harness = evaluate.lm_eval if evaluate is not None else None
     if harness is not None:
         if importlib.util.find_spec("lm_eval") is None:
@@ -39,3 +41,8 @@ def missing_inputs(model: Any, data: Any, evaluate: Any, device: str) -> list[Pr
     if device.startswith("cuda") and importlib.util.find_spec("bitsandbytes") is None:
         missing.append(Problem("device", "CUDA kernels need bitsandbytes", 'pip install "compress-peft[cuda]"'))
     return [problem for problem in missing if problem is not None]
+
+
+def _missing_data(data: Any, where: str) -> list[Problem]:
+    found = [(key, missing_data(source)) for key, source in data.files().items()]
+    return [Problem(where + key.removeprefix("data"), each.what, each.fix) for key, each in found if each is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from eval.records import (
 from eval.storage import folder_bytes, measure_storage
 from eval.text_metrics import score_answers
 from pipelines.state import RunState
+from pipelines.tasks import ScoredTask, digest
 
 DEFAULT_METRIC = {"text": "exact_match", "gsm8k": "gsm8k"}
 
@@ -104,11 +104,19 @@ def _estimate(model: Any, storage: Storage, memory: Memory, profile: Any, state:
 def _task_scores(
     state: RunState, model: Any, tokenizer: Any
 ) -> tuple[tuple[Accuracy, ...], tuple[TextScore, ...], tuple[Judgement, ...]]:
-    settings = state.recipe.evaluate.task
-    if settings is None or state.recipe.data is None:
-        return (), (), ()
-    examples = state.data().test[: settings.limit]
-    data, task = state.data_settings(), state.data().origin.name
+    found = [_scores_of(task, state.folder / "judge", model, tokenizer) for task in state.tasks()]
+    return (
+        tuple(score for accuracies, _, _ in found for score in accuracies),
+        tuple(score for _, texts, _ in found for score in texts),
+        tuple(judgement for _, _, judgements in found for judgement in judgements),
+    )
+
+
+def _scores_of(
+    scored: ScoredTask, judge_folder: Path, model: Any, tokenizer: Any
+) -> tuple[tuple[Accuracy, ...], tuple[TextScore, ...], tuple[Judgement, ...]]:
+    settings, data, task = scored.settings, scored.data, scored.name
+    examples = scored.test[: settings.limit]
     length = data.max_length
     chosen: tuple[Accuracy, ...] = ()
     if examples[0].choices and settings.metrics is None:
@@ -133,7 +141,7 @@ def _task_scores(
         assert data.chat is not None and settings.judge is not None, "refused when the recipe is read"
         new = settings.max_new_tokens
         turns = answer_turns(generate, tokenizer, examples, data.chat, max_length=length, max_new_tokens=new)
-        grades, judgements = judge_answers(settings.judge, turns, examples, task, state.folder / "judge")
+        grades, judgements = judge_answers(settings.judge, turns, examples, task, judge_folder)
         return (), grades, judgements
     answers = generate(examples)
     metrics = () if chosen else settings.metrics or (DEFAULT_METRIC[settings.answer],)
@@ -141,7 +149,7 @@ def _task_scores(
     if settings.judge is None:
         return accuracies, texts, ()
     each = [(answer,) for answer in answers]
-    grades, judgements = judge_answers(settings.judge, each, examples, task, state.folder / "judge")
+    grades, judgements = judge_answers(settings.judge, each, examples, task, judge_folder)
     return chosen + accuracies, texts + grades, judgements
 
 
@@ -221,9 +229,10 @@ def check_texts(state: RunState) -> None:
     """Refuse, before anything is done, text that the model would be trained on.
 
     Raises:
-        DataError: see `held_out_documents`.
+        DataError: see `held_out_documents` and `scored_tasks`.
     """
     settings = state.recipe.evaluate
+    state.tasks()
     for where, section in (("perplexity", settings.perplexity), ("fidelity", settings.fidelity)):
         if section is not None:
             held_out_documents(state, section.text, f"evaluate.{where}.text")
@@ -244,13 +253,9 @@ def held_out_documents(state: RunState, text: str, where: str = "evaluate.perple
     else:
         documents = list(dict.fromkeys(example.text for example in state.data().test))  # many questions, one passage
     if state.recipe.data is not None:
-        trained = {_digest(example.text) for example in state.data().train}
-        shared = sum(_digest(document) in trained for document in documents)
+        trained = {digest(example.text) for example in state.data().train}
+        shared = sum(digest(document) in trained for document in documents)
         if shared:
             what = f"{shared} of its {len(documents)} documents are part of the training split"
             raise DataError(Problem(where, what, "use text that the model is not trained on"))
     return documents
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(" ".join(text.lower().split()).encode()).digest()

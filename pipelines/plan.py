@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import nn
 
+from compress_peft.data.preset import SPLITS
 from compress_peft.errors import MissingRequirement, ModelError, Problem, UserError
 from compress_peft.loading import choose_device, choose_dtype
 from compress_peft.models.encoder_decoder import auto_class
@@ -254,12 +255,14 @@ def _decoder_only_problems(recipe: Any, model: nn.Module) -> list[Problem]:
 
 
 def _data_lines(recipe: Any) -> list[str]:
-    if recipe.data is None:
-        return ["data         none"]
-    splits = recipe.data.splits
-    sizes = ", ".join(f"{name} {_split_size(getattr(splits, name))}" for name in ("train", "validation", "test"))
-    preset = f"preset {recipe.data.preset} on " if recipe.data.preset is not None else ""
-    return [f"data         {preset}{recipe.data.source or 'one source a split'}: {sizes}"]
+    own = ["data         none"] if recipe.data is None else [f"data         {_data_line(recipe.data, SPLITS)}"]
+    return own + [f"scored on    {_data_line(task.data, ('test',))}" for task in recipe.evaluate.tasks]
+
+
+def _data_line(data: Any, names: Sequence[str]) -> str:
+    sizes = ", ".join(f"{name} {_split_size(getattr(data.splits, name))}" for name in names)
+    preset = f"preset {data.preset} on " if data.preset is not None else ""
+    return f"{preset}{data.source or 'one source a split'}: {sizes}"
 
 
 def _split_size(split: Any) -> str:

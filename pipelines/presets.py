@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compress_peft.data.datasets import is_one_pool
 from compress_peft.data.preset import Preset, load_preset, merged, preset_names
 
 BATCH = {"batch_size", "gradient_accumulation"}
@@ -26,6 +27,21 @@ def under_recipe(raw: dict[str, Any]) -> dict[str, Any]:
     if isinstance(steps, list):
         completed["steps"] = [_trained(preset, step) for step in steps]
     return completed
+
+
+def above_preset(task: dict[str, Any]) -> dict[str, Any]:
+    """A further task completed by the preset of its data, and by empty splits where it names but a test split.
+
+    An unknown preset changes nothing here: the data section reports it.
+    """
+    data = task.get("data")
+    if not isinstance(data, dict):
+        return task
+    splits, source = data.get("splits"), data.get("source")
+    if isinstance(splits, dict) and splits.keys() == {"test"} and isinstance(source, str) and is_one_pool(source):
+        task = {**task, "data": {**data, "splits": {"train": 0, "validation": 0, **splits}}}
+    name = data.get("preset")
+    return merged(load_preset(name).evaluate.get("task", {}), task) if name in preset_names() else task
 
 
 def _trained(preset: Preset, step: Any) -> Any:

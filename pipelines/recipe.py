@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
     create_model,
     field_validator,
+    model_validator,
 )
 
 import pipelines.steps  # noqa: F401  registers the steps
@@ -28,7 +29,7 @@ from compress_peft.errors import ConfigError, Problem, did_you_mean
 from eval.judge import JudgeSettings
 from eval.text_metrics import MetricName
 from pipelines.inputs import missing_inputs
-from pipelines.presets import under_recipe
+from pipelines.presets import above_preset, under_recipe
 from pipelines.steps.base import STEPS, Step, check_order
 from pipelines.steps.merge import Merge
 from pipelines.validation import problems_of
@@ -73,6 +74,20 @@ class TaskEvaluation(Section):
     which this replaces)."""
     judge: JudgeSettings | None = None
     """A language model that grades generated answers, also for tasks with choices; off unless given."""
+
+
+class FurtherTask(TaskEvaluation):
+    """A task with data of its own, of which only the test split is used."""
+
+    data: DataSettings
+    """As the recipe's own data section; `splits: {test: n}` is enough."""
+    name: str | None = None
+    """In the report; default: that of the data."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _above_preset(cls, given: Any) -> Any:
+        return above_preset(given) if isinstance(given, dict) else given
 
 
 class PerplexityEvaluation(Section):
@@ -134,6 +149,8 @@ class EvaluateSettings(Section):
 
     task: TaskEvaluation | None = TaskEvaluation()
     """null switches it off."""
+    tasks: tuple[FurtherTask, ...] = ()
+    """Further tasks, each with data of its own, e.g. [{data: {preset: mt_bench}, judge: {...}}]."""
     perplexity: PerplexityEvaluation | None = PerplexityEvaluation()
     """null switches it off. An encoder-decoder has none: in its place stands the loss of the test split's answers."""
     fidelity: FidelityEvaluation | None = None
@@ -284,7 +301,7 @@ def parse_recipe(raw: dict[str, Any], default_name: str = "run") -> Any:
         problems += _missing_in_sound_sections(raw)
     if isinstance(raw.get("steps"), list):
         problems += _step_problems(raw["steps"], has_data=raw.get("data") is not None)
-    if recipe is not None and recipe.data is not None:
+    if recipe is not None:
         problems += _unfit_data(recipe)
     if problems:
         raise ConfigError(problems)
@@ -294,16 +311,25 @@ def parse_recipe(raw: dict[str, Any], default_name: str = "run") -> Any:
 def _unfit_data(recipe: Any) -> list[Problem]:
     """Data to evaluate on alone before a step that learns from data, and dialogues without a judge."""
     problems = []
-    if recipe.data.splits.train == 0:
+    if recipe.data is not None and recipe.data.splits.train == 0:
         fix = "give sizes to train and validation, or leave out this step"
         for index, step in enumerate(recipe.steps):
             if (reason := step.requires_data()) is not None:
                 problems.append(Problem(f"steps[{index}]", f"{reason}, and data.splits.train is 0", fix))
-    task = recipe.evaluate.task
-    if recipe.data.follow_ups is not None and task is not None and (task.judge is None or task.metrics is not None):
-        fix = 'evaluate: {task: {judge: {endpoint: "http://localhost:8000/v1", model: ...}}}, or evaluate: {task: null}'
-        problems.append(Problem("evaluate.task", "a judge, and no metric, grades the turns of data.follow_ups", fix))
+    judge = 'judge: {endpoint: "http://localhost:8000/v1", model: ...}'
+    for where, task, data in scored(recipe):
+        if data.follow_ups is not None and (task.judge is None or task.metrics is not None):
+            fix = f"add {judge}, and leave out metrics" + (", or set it to null" if where == "evaluate.task" else "")
+            problems.append(Problem(where, "a judge, and no metric, grades the turns of data.follow_ups", fix))
     return problems
+
+
+def scored(recipe: Any) -> list[tuple[str, TaskEvaluation, DataSettings]]:
+    """(key, how it is scored, its data) of every task: that of the recipe's own data, then the further ones."""
+    evaluate = recipe.evaluate
+    own = evaluate.task is not None and recipe.data is not None
+    first = [("evaluate.task", evaluate.task, recipe.data)] if own else []
+    return first + [(f"evaluate.tasks[{index}]", task, task.data) for index, task in enumerate(evaluate.tasks)]
 
 
 def _missing_in_sound_sections(raw: dict[str, Any]) -> list[Problem]:

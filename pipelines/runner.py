@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from compress_peft.data.build import DataSettings, TaskData
 from compress_peft.errors import CorruptFile, Problem
 from compress_peft.models.sources import read_config, resolve_source
 from compress_peft.weights import kernels
@@ -145,27 +146,28 @@ def _headline(record: StageRecord) -> str:
     return ", ".join(parts)
 
 
+def _data_facts(data: TaskData, settings: DataSettings, task: str | None = None) -> DataFacts:
+    """task: name of a further task, of whose data nothing but the test split is used."""
+    facts = data.facts()
+    used = facts["splits"] if task is None else {"test": facts["splits"]["test"]}
+    return DataFacts(
+        name=task or facts["name"],
+        source=settings.source or "",
+        licence=facts["licence"],
+        splits=tuple(
+            SplitFacts(name=name, size=split["examples"], sha256=split["sha256"]) for name, split in used.items()
+        ),
+        details=facts["details"],
+    )
+
+
 def _report(
     state: RunState, stages: list[StageRecord], steps: list[StepRecord], started: datetime, command: list[str]
 ) -> RunReport:
     recipe = state.recipe
     config = read_config(state.source.folder)
-    data = []
-    if recipe.data is not None:
-        facts = state.data().facts()
-        splits = tuple(
-            SplitFacts(name=name, size=split["examples"], sha256=split["sha256"])
-            for name, split in facts["splits"].items()
-        )
-        data.append(
-            DataFacts(
-                name=facts["name"],
-                source=recipe.data.source or "",
-                licence=facts["licence"],
-                splits=splits,
-                details=facts["details"],
-            )
-        )
+    data = [] if recipe.data is None else [_data_facts(state.data(), recipe.data)]
+    data += [_data_facts(task.built, task.data, task.name) for task in state.tasks() if task.data is not recipe.data]
     original = stages[0].storage
     name = state.source.facts.get("repository") or state.source.facts.get("file") or recipe.model.source
     return RunReport(

@@ -20,6 +20,7 @@ from compress_peft.loading import choose_device, choose_dtype, load
 from compress_peft.models.layers import is_encoder_decoder
 from compress_peft.models.sources import ResolvedModel
 from compress_peft.training.batches import Batch, TokenPair, batches, encode_all
+from pipelines.tasks import ScoredTask, scored_tasks
 
 if TYPE_CHECKING:
     from pipelines.steps.base import StepResult
@@ -50,6 +51,7 @@ class RunState:
         self.adapter: Path | None = None
         self._model: tuple[nn.Module, PreTrainedTokenizerBase] | None = None
         self._data: TaskData | None = None
+        self._tasks: list[ScoredTask] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def model(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -107,9 +109,16 @@ class RunState:
             self._data = build_data(self.data_settings(), self.tokenizer())
         return self._data
 
+    def tasks(self) -> list[ScoredTask]:
+        """What every stage is scored on, built at first use."""
+        if self._tasks is None:
+            own = self.data() if self.recipe.data is not None else None
+            self._tasks = scored_tasks(self.recipe, own, self.tokenizer())
+        return self._tasks
+
     def share_data(self, other: RunState) -> None:
         """Use the splits that another state has built already."""
-        self._data, self._tokenizer = other._data, other._tokenizer
+        self._data, self._tasks, self._tokenizer = other._data, other._tasks, other._tokenizer
 
     def calibration_batches(self, prompts: int, batch_size: int = 8) -> Iterator[Batch]:
         """The first prompts of the training split, without responses; nothing of validation or test is seen."""

@@ -21,6 +21,7 @@ from pipelines import measure, methods, rank_search
 from pipelines.plan import _data_lines
 from pipelines.recipe import parse_recipe
 from pipelines.schema import recipe_schema
+from pipelines.tasks import scored_tasks
 from tests.conftest import build_tiny_llama
 
 SMOKE = Path(__file__).resolve().parents[2] / "configs/smoke/preset.yaml"
@@ -77,7 +78,8 @@ def test_the_evaluator_generates_and_scores_as_the_preset_says(monkeypatch: pyte
     found = recipe({"preset": "coqa", **FILE})
     answers = (Example(f"Q: {i}?\nA:", f" cat {i}", (), "one story", "", (f" cat {i}", "the cat")) for i in range(3))
     data = TaskData((), (), tuple(answers), Origin("CoQA", ""), 0)
-    state: Any = SimpleNamespace(recipe=found, data=lambda: data, data_settings=lambda: found.data)
+    state: Any = SimpleNamespace(recipe=found, folder=Path(), data=lambda: data)
+    state.tasks = lambda: scored_tasks(found, data, None)
     asked: dict[str, Any] = {}
 
     def generate(model: Any, tokenizer: Any, examples: Any, **settings: Any) -> list[str]:

@@ -15,6 +15,8 @@ import yaml
 from torch import nn
 
 from compress_peft.data.blocks import CalibrationSettings, calibration_blocks, text_blocks
+from compress_peft.data.build import TaskData
+from compress_peft.data.datasets import Origin
 from compress_peft.data.examples import Example
 from compress_peft.errors import ConfigError, DataError, ModelError
 from compress_peft.models.needs import LAYER_COPIES
@@ -243,19 +245,23 @@ def test_the_estimate_out_of_core_is_that_of_a_block() -> None:
     assert estimates[True].disk == pytest.approx(estimates[False].disk) and "block by block" in estimates[True].note
 
 
+def tested(*examples: Example) -> TaskData:
+    return TaskData((), (), examples, Origin("examples", ""), 0)
+
+
 def test_calibration_text_in_the_evaluation_is_told(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held_out = tmp_path / "held-out.txt"
     held_out.write_text("nothing of it is known elsewhere\nLine 7 of the text,  which is long ENOUGH\n")
     part = "3 of the text, which is long enough"  # of a line
-    data = SimpleNamespace(test=[Example("", "", text="short"), Example("", "", text="line 3 of the text, which is")])
+    data = tested(Example("", "", text="short"), Example("", "", text="line 3 of the text, which is"))
     perplexity = {"perplexity": {"text": str(held_out)}}
     cases: tuple[Any, ...] = (
         (perplexity, None, f"passages are shared by the calibration text and {held_out}"),
         ({"perplexity": None}, data, None),
-        ({"perplexity": None}, SimpleNamespace(test=[Example("", "", text=part)]), f'1 passages.*"{part}"'),
-        ({"perplexity": None}, SimpleNamespace(test=[Example("", "", text=Path(text).read_text())]), "the test split"),
+        ({"perplexity": None}, tested(Example("", "", text=part)), f'1 passages.*"{part}"'),
+        ({"perplexity": None}, tested(Example("", "", text=Path(text).read_text())), "the test split"),
     )
     for index, (evaluate, split, told) in enumerate(cases):
         state = run_state(tmp_path / str(index), evaluate=evaluate, data=split and object())

@@ -32,9 +32,9 @@ from compress_peft.models.save import save_model
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.quantization.head import quantize_head
 from compress_peft.training import TrainingSettings, train
+from eval.costs import MemoryEstimate
 from eval.memory import estimate_inference, estimate_training, process_baseline
 from eval.profile import Gauge, ProfileSettings, profile_folder
-from eval.records import MemoryEstimate
 from pipelines.plan import ModelShape, meta_model
 from pipelines.steps.quantize import Quantize
 

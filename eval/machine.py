@@ -43,13 +43,14 @@ def describe_machine(measure_bandwidth: bool = True) -> Machine:
     )
 
 
-def read_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
-    """Bytes per second at which torch's threads read an array much larger than the caches (best of repeats)."""
-    array = torch.ones(megabytes * 2**20 // 4, dtype=torch.float32)
+def read_bandwidth(megabytes: int = 256, repeats: int = 5, device: torch.device | None = None) -> float:
+    """Bytes per second at which the device reads an array much larger than the caches (best of repeats); on a CPU with
+    torch's threads."""
+    array = torch.ones(megabytes * 2**20 // 4, dtype=torch.float32, device=device)
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up
         start = time.perf_counter()
-        array.sum()
+        array.sum().item()
         best = min(best, time.perf_counter() - start)
     return array.numel() * 4 / best
 

@@ -24,7 +24,7 @@ from compress_peft.models.layers import linear_layers
 from compress_peft.models.needs import LAYER_COPIES, BlockWidths, head_size, text_config
 from compress_peft.models.random_model import byte_tokenizer, config_from
 from compress_peft.weights.kernels import SCRATCH
-from eval.records import MemoryEstimate
+from eval.costs import MemoryEstimate
 
 ADAM_BYTES = 8
 """Of AdamW's two float32 moments, a trainable parameter."""

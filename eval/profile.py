@@ -1,12 +1,14 @@
 """Memory and speed of a saved model, measured in a fresh process.
 
     python -m eval.profile --model FOLDER --json OUT [--device cpu --dtype auto --prompt-tokens 128 ...]
+    python -m eval.profile --model FOLDER --batches 1 4 16 --prompts 128 1024 --beams 1 3
 
 The process imports the libraries (baseline), loads the folder (peak at load), warms up, then repeats prefill and
 greedy decoding of a fixed number of tokens through the key/value cache (peak at run). On Linux the kernel's
 high-water mark of the resident set is reset between phases; elsewhere a thread samples the resident set. On CUDA
 the allocator's statistics are used. Loading ends when every weight has been read once: a memory-mapped checkpoint is
-otherwise brought in by the first run, and would look as if it needed no memory to load.
+otherwise brought in by the first run, and would look as if it needed no memory to load. With --batches, --prompts or
+--beams every combination of them is timed after that (eval/latency.py).
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from compress_peft.errors import MissingRequirement, ModelError, Problem, UserError
-from eval.records import Latency, Memory, Record, Timing
+from eval.costs import Latency, Memory
+from eval.record import Record
 
 USER_ERROR = 2
 
@@ -42,6 +45,12 @@ class ProfileSettings(Record):
     repeats: int = Field(default=3, ge=1)
     threads: int | None = Field(default=None, ge=1)
     """Threads of torch; None leaves its default."""
+    batches: tuple[PositiveInt, ...] = ()
+    """Batch sizes of further timings; every combination with `prompts` and `beams` is timed."""
+    prompts: tuple[PositiveInt, ...] = ()
+    """Prompt lengths of further timings."""
+    beams: tuple[PositiveInt, ...] = ()
+    """Beams of further timings."""
     trust_remote_code: bool = False
     timeout_seconds: float = 1800.0
 
@@ -79,6 +88,8 @@ def profile_folder(
             option = "--" + field.replace("_", "-")
             if value is True:
                 command.append(option)
+            elif isinstance(value, tuple):
+                command += [option, *map(str, value)] if value else []
             elif value is not None and value is not False:
                 command += [option, str(value)]
         search = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
@@ -116,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default=defaults.dtype, choices=("auto", "float32", "bfloat16", "float16"))
     for name in ("prompt_tokens", "new_tokens", "batch", "repeats"):
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(defaults, name))
+    for name in ("batches", "prompts", "beams"):
+        parser.add_argument("--" + name, type=int, nargs="+", default=(), help="of further timings")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--trust-remote-code", action="store_true")
     given = vars(parser.parse_args(argv))
@@ -147,6 +160,7 @@ def measure(folder: str, settings: ProfileSettings, adapter: str | None = None) 
     import torch
 
     from compress_peft.loading import load  # its imports belong to the baseline
+    from eval.latency import time_model
     from eval.memory import process_baseline
 
     if settings.threads is not None:
@@ -167,38 +181,21 @@ def measure(folder: str, settings: ProfileSettings, adapter: str | None = None) 
     load_seconds = time.perf_counter() - start
     load_peak = gauge.peak()
     limit = getattr(model.config, "max_position_embeddings", None)
-    total = settings.prompt_tokens + settings.new_tokens
+    total = max(settings.prompt_tokens, *settings.prompts, 0) + settings.new_tokens
     if limit is not None and total > limit:
         what = f"{total} tokens (prompt and new ones) exceed the model's {limit} positions"
         raise ModelError(Problem("profile", what, "lower prompt_tokens or new_tokens"))
     gauge.restart()
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(vocabulary, (settings.batch, settings.prompt_tokens), generator=generator).to(device)
-    _decode(model, prompt, min(3, settings.new_tokens))
-    runs = [_decode(model, prompt, settings.new_tokens) for _ in range(settings.repeats)]
-    new_per_run = settings.batch * (settings.new_tokens - 1)
+    latency, cache_bytes, peak = time_model(model, settings, gauge.peak)
+    gauge.close()
     memory = Memory(
         baseline_bytes=baseline,
         load_peak_bytes=load_peak,
-        run_peak_bytes=gauge.peak(),
-        kv_cache_bytes=runs[-1].cache_bytes,
+        run_peak_bytes=peak,
+        kv_cache_bytes=cache_bytes,
         method=gauge.method,
     )
-    gauge.close()
-    latency = Latency(
-        prefill_seconds=Timing.from_values([run.prefill for run in runs]),
-        decode_tokens_per_second=Timing.from_values([new_per_run / run.decode for run in runs]),
-        batch=settings.batch,
-        prompt_tokens=settings.prompt_tokens,
-        new_tokens=settings.new_tokens,
-        repeats=settings.repeats,
-        threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        dtype=str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
-        load_seconds=load_seconds,
-    )
-    return ProfileResult(memory=memory, latency=latency)
+    return ProfileResult(memory=memory, latency=latency.model_copy(update={"load_seconds": load_seconds}))
 
 
 def _touch(model: Any) -> None:
@@ -210,56 +207,6 @@ def _touch(model: Any) -> None:
         for part in parts:
             if part.device.type == "cpu":
                 part.flatten()[:: 4096 // part.element_size()].sum()
-
-
-class _Run(Record):
-    prefill: float
-    decode: float
-    cache_bytes: int
-
-
-def _decode(model: Any, prompt: Any, new_tokens: int) -> _Run:
-    """Prefill and `new_tokens` greedy tokens, whatever they are (an end of text does not stop it).
-
-    The prefill of an encoder-decoder is the encoder's work on the prompt and the decoder's start token.
-    """
-    import torch
-    from transformers import DynamicCache, EncoderDecoderCache
-    from transformers.modeling_outputs import BaseModelOutput
-
-    from compress_peft.models.encoder_decoder import start_token
-    from compress_peft.models.layers import is_encoder_decoder
-    from compress_peft.models.prompts import prompt_kwargs
-    from eval.forward import transformers_model
-
-    def now() -> float:
-        if prompt.device.type == "cuda":
-            torch.cuda.synchronize(prompt.device)
-        return time.perf_counter()
-
-    prompt_end = torch.full((prompt.shape[0],), prompt.shape[1] - 1, device=prompt.device)
-    with torch.inference_mode():
-        caches = [DynamicCache(config=model.config)]
-        inputs: dict[str, Any] = {"use_cache": True}
-        start = now()
-        if is_encoder_decoder(model):
-            caches.append(DynamicCache(config=model.config))
-            read = transformers_model(model).get_encoder()(input_ids=prompt)[0]
-            inputs |= {"past_key_values": EncoderDecoderCache(*caches), "encoder_outputs": BaseModelOutput(read)}
-            name, first = "decoder_input_ids", torch.full_like(prompt[:, :1], start_token(model))
-        else:
-            inputs |= {"past_key_values": caches[0], "logits_to_keep": 1}
-            name, first = "input_ids", prompt
-        logits = model(**{name: first}, **inputs, **prompt_kwargs(model, prompt_end)).logits
-        token = logits[:, -1:].argmax(dim=-1)
-        middle = now()
-        for _ in range(new_tokens - 1):
-            token = model(**{name: token}, **inputs).logits[:, -1:].argmax(dim=-1)
-        end = now()
-    layers = [layer for cache in caches for layer in cache.layers]
-    tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    cache_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return _Run(prefill=middle - start, decode=end - middle, cache_bytes=cache_bytes)
 
 
 class Gauge:

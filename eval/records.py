@@ -9,15 +9,12 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
+
+from eval.costs import Latency, Memory, Storage
+from eval.record import Record
 
 SCHEMA_VERSION: Literal[2] = 2
-
-
-class Record(BaseModel):
-    """Base of all records. Infinity and NaN are written as strings, so that the JSON stays standard."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
 
 class Accuracy(Record):
@@ -177,97 +174,6 @@ class HarnessScore(Record):
     num_fewshot: int | None = None
     version: str = ""
     """Of the task."""
-
-
-class Storage(Record):
-    """Where the bytes are; a tensor that is shared (a tied head) counts once."""
-
-    codes: int = 0
-    scales: int = 0
-    dense_linear: int = 0
-    embeddings: int = 0
-    """Token embeddings and the output head."""
-    adapter: int = 0
-    other: int = 0
-    """Norms, biases outside linear layers, buffers."""
-    parameters: int = 0
-    """Logical number of backbone weights (a 4-bit weight counts as one)."""
-    adapter_parameters: int = 0
-    quantized_layers: int = 0
-    bits_per_weight: float | None = None
-    """All storage of the quantized linear layers over their number of weights; None where there are none."""
-    sparsity: float | None = None
-    """Share of zeros among the weights of the pruned layers; None for a model that was not pruned."""
-    disk_bytes: int | None = None
-    """All files of the folder; None where the stage was not saved."""
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.codes + self.scales + self.dense_linear + self.embeddings + self.adapter + self.other
-
-
-class MemoryEstimate(Record):
-    """What a model should take, worked out from its structure by `eval.memory`. All in bytes."""
-
-    baseline_bytes: int = 0
-    """Python with its libraries."""
-    weights_bytes: int
-    load_peak_bytes: int
-    kv_cache_bytes: int = 0
-    activation_bytes: int = 0
-    """Activations, kept for the backward pass or passing through, with logits and buffers."""
-    gradient_bytes: int = 0
-    optimizer_bytes: int = 0
-    peak_bytes: int
-    """While it runs or trains, of the whole process."""
-
-
-class Memory(Record):
-    """Peak memory in a fresh process that only loads and runs the model."""
-
-    baseline_bytes: int
-    """After the imports, before the model."""
-    load_peak_bytes: int
-    run_peak_bytes: int
-    """During prefill and decoding, after loading."""
-    kv_cache_bytes: int = 0
-    """Keys and values at the end of the generation."""
-    estimate: MemoryEstimate | None = None
-    """Worked out from the structure of the model, to compare with."""
-    method: str
-    """Where the figures come from: VmHWM, sampled resident set, or the CUDA allocator."""
-
-
-class Timing(Record):
-    """Repeated measurement of one quantity; the unit stands in the field that holds it."""
-
-    values: tuple[float, ...]
-    median: float
-    min: float
-    max: float
-
-    @classmethod
-    def from_values(cls, values: list[float]) -> Timing:
-        import statistics
-
-        return cls(values=tuple(values), median=statistics.median(values), min=min(values), max=max(values))
-
-
-class Latency(Record):
-    """Speed of greedy decoding through the key/value cache, in a fresh process, after a warm-up."""
-
-    prefill_seconds: Timing
-    """Time to process the prompt and choose the first token."""
-    decode_tokens_per_second: Timing
-    """New tokens of all rows together per second, prefill not counted."""
-    batch: int
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-    threads: int
-    device: str
-    dtype: str
-    load_seconds: float
 
 
 class StageRecord(Record):

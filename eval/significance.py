@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from compress_peft.errors import DataError, Problem
-from eval.records import Accuracy, Perplexity, Record, TextScore
+from eval.record import Record
+from eval.records import Accuracy, Perplexity, TextScore
 
 
 class AccuracyComparison(Record):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from compress_peft.models.bundle import bare_backbone
 from compress_peft.models.sparsity import sparsity
 from compress_peft.weights.compressed import CompressedWeight
+from eval.costs import Storage
 from eval.forward import transformers_model
-from eval.records import Storage
 
 
 def measure_storage(model: nn.Module, folder: str | Path | None = None) -> Storage:

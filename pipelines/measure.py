@@ -14,6 +14,7 @@ from compress_peft.loading import load
 from compress_peft.models.layers import is_encoder_decoder
 from eval.answer_loss import answer_loss
 from eval.choices import evaluate_choices
+from eval.costs import Latency, Memory, MemoryEstimate, Storage
 from eval.dialogue import answer_turns
 from eval.fidelity import fidelity, write_reference
 from eval.forward import transformers_model
@@ -22,24 +23,14 @@ from eval.judge import judge_answers, unparsed_note
 from eval.memory import estimate_inference
 from eval.perplexity import perplexity
 from eval.profile import ProfileSettings, profile_folder
-from eval.records import (
-    Accuracy,
-    AnswerLoss,
-    Fidelity,
-    HarnessScore,
-    Judgement,
-    Latency,
-    Memory,
-    MemoryEstimate,
-    Perplexity,
-    StageRecord,
-    Storage,
-    TextScore,
-)
+from eval.records import Accuracy, AnswerLoss, Fidelity, HarnessScore, Judgement, Perplexity, StageRecord, TextScore
 from eval.storage import folder_bytes, measure_storage
 from eval.text_metrics import score_answers
 from pipelines.state import RunState
 from pipelines.tasks import ScoredTask, digest
+
+DISTURBING = 0.1
+"""Share of the processors' time used by other programs from which on a measurement of speed is said to be disturbed."""
 
 DEFAULT_METRIC = {"text": "exact_match", "gsm8k": "gsm8k"}
 
@@ -60,6 +51,9 @@ def measure(state: RunState, name: str, quality_only: bool = False) -> StageReco
             new_tokens=settings.profile.new_tokens,
             batch=settings.profile.batch_size,
             repeats=settings.profile.repeats,
+            batches=settings.profile.grid.batch_size,
+            prompts=settings.profile.grid.prompt_tokens,
+            beams=settings.profile.grid.num_beams,
             device=str(state.device),
             dtype=str(state.dtype).removeprefix("torch."),
         )
@@ -83,8 +77,14 @@ def measure(state: RunState, name: str, quality_only: bool = False) -> StageReco
         memory=memory,
         latency=latency,
         seconds=time.monotonic() - started,
-        notes=unparsed_note(judgements),
+        notes=unparsed_note(judgements) + _load_note(latency),
     )
+
+
+def _load_note(latency: Latency | None) -> tuple[str, ...]:
+    if latency is None or (latency.other_load or 0.0) < DISTURBING:
+        return ()
+    return (f"other programs used {latency.other_load:.0%} of the processors while speed was measured",)
 
 
 def _estimate(model: Any, storage: Storage, memory: Memory, profile: Any, state: RunState) -> MemoryEstimate:

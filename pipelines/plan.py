@@ -24,8 +24,8 @@ from compress_peft.models.random_model import config_from
 from compress_peft.models.sources import file_in_package, missing_source
 from compress_peft.quantization import Quantizer
 from compress_peft.quantization.apply import select_layers
+from eval.costs import MemoryEstimate
 from eval.memory import estimate_inference, estimate_training, process_baseline
-from eval.records import MemoryEstimate
 from pipelines.inputs import missing_inputs
 
 SHORT_ANSWER = 8

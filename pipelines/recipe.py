@@ -131,6 +131,17 @@ class HarnessEvaluation(Section):
     """Requests in one batch."""
 
 
+class LatencyGrid(Section):
+    """Further timings: every combination; a key that is left out stays as it is for the first timing."""
+
+    batch_size: tuple[PositiveInt, ...] = ()
+    """Rows, e.g. [1, 4, 16]."""
+    prompt_tokens: tuple[PositiveInt, ...] = ()
+    """Lengths of the prompt, e.g. [128, 1024]."""
+    num_beams: tuple[PositiveInt, ...] = ()
+    """Beams, e.g. [1, 3]; more than one by beam search."""
+
+
 class ProfileEvaluation(Section):
     """Memory and latency, measured in a fresh process for each stage."""
 
@@ -142,6 +153,8 @@ class ProfileEvaluation(Section):
     """Rows decoded together."""
     repeats: PositiveInt = 3
     """Timed repetitions after one warm-up; the median is reported."""
+    grid: LatencyGrid = LatencyGrid()
+    """Speed at further batch sizes, prompt lengths and beams; nothing unless given."""
 
 
 class EvaluateSettings(Section):

@@ -22,6 +22,7 @@ def render(folder: str | Path) -> Path:
     """Makes report.md and report.html from report.json alone; returns the path of report.html."""
     from pipelines.report.merges import LABELS
     from pipelines.report.plots import draw_all
+    from pipelines.report.speed import GRID_LABELS
     from pipelines.report.view import build_view
 
     folder = Path(folder)
@@ -29,8 +30,9 @@ def render(folder: str | Path) -> Path:
     view = build_view(report)
     for name, escape in (("report.md", False), ("report.html", True)):
         plots = draw_all(report) if escape else []
+        labels = {"merge_labels": LABELS, "grid_labels": GRID_LABELS}
         text = render_template(
-            "pipelines.report", f"{name}.j2", escape, view=view, report=report, plots=plots, merge_labels=LABELS
+            "pipelines.report", f"{name}.j2", escape, view=view, report=report, plots=plots, **labels
         )
         write_file(folder / name, text)
     return folder / "report.html"

@@ -26,6 +26,7 @@ from eval.columns import (
 )
 from eval.records import DataFacts, RunReport, StageRecord
 from pipelines.report.merges import merge_rows
+from pipelines.report.speed import grid_rows, speed_table
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class View:
     further_scores: tuple[tuple[str, str, str], ...]
     protocol: tuple[str, ...]
     storage: tuple[tuple[str, str], ...]
+    speed_labels: tuple[str, ...]
+    speed: tuple[tuple[str, ...], ...]
+    grid: tuple[tuple[str, ...], ...]
     facts: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     steps: tuple[tuple[str, str, str], ...]
     splits: tuple[tuple[str, str, int, str], ...]
@@ -58,6 +62,7 @@ class View:
 
 def build_view(report: RunReport) -> View:
     columns = known_columns(report.stages)
+    speed_labels, speed = speed_table(report.stages)
     return View(
         headline=headline(report),
         columns=tuple(column.label for column in columns),
@@ -73,6 +78,9 @@ def build_view(report: RunReport) -> View:
         + tuple((stage.name, *text_score(score)) for stage in report.stages for score in stage.texts),
         protocol=_protocol(report),
         storage=tuple((stage.name, _storage_text(stage)) for stage in report.stages if stage.storage),
+        speed_labels=speed_labels,
+        speed=speed,
+        grid=grid_rows(report.stages),
         facts=_facts(report),
         steps=tuple(
             (step.name + (" (resumed)" if step.resumed else ""), seconds_text(step.seconds), _details(step.details))
@@ -87,9 +95,7 @@ def build_view(report: RunReport) -> View:
 
 def headline(report: RunReport) -> str:
     """What became of the model, in one sentence with figures: the last stage with a score against the first."""
-    measured = [stage for stage in report.stages if stage.accuracy or stage.perplexity]
-    if not measured:
-        return f"{report.model.name}: nothing was measured."
+    measured = [stage for stage in report.stages if stage.accuracy or stage.perplexity] or report.stages
     first, last = measured[0], measured[-1]
     parts = []
     if first.accuracy and last.accuracy:
@@ -105,6 +111,8 @@ def headline(report: RunReport) -> str:
             unit = "tokens/s" if column is DECODE else "MB"
             change = signed(after / before - 1)
             parts.append(f"{label} from {column.text(first)} to {column.text(last)} {unit} ({change})")
+    if not parts:
+        return f"{report.model.name}: nothing was measured."
     return f"{report.model.name}, {first.name} against {last.name}: " + ", ".join(parts) + "."
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from eval.columns import COLUMNS, table_rows
-from eval.records import Fidelity, StageRecord, Storage
+from eval.costs import Storage
+from eval.records import Fidelity, StageRecord
 
 
 def stage(kl: float, agreement: float = 1.0, codes: int = 0) -> StageRecord:

@@ -13,7 +13,8 @@ from compress_peft.errors import ConfigError, DataError
 from eval.compare import main
 from eval.comparison import compare_runs, read_runs, run_labels
 from eval.comparison_page import write_comparison
-from eval.records import Accuracy, Latency, Machine, Memory, ModelFacts, RunReport, StageRecord, Storage, Timing
+from eval.costs import Latency, Memory, Storage, Timing
+from eval.records import Accuracy, Machine, ModelFacts, RunReport, StageRecord
 from eval.scatter import MEMORY, pareto_front, scatter_png
 
 

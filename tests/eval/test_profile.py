@@ -3,9 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from compress_peft.errors import ModelError
 from compress_peft.models.random_model import byte_tokenizer
+from compress_peft.quantization import QUANTIZERS, quantize_model
+from eval.costs import Latency
+from eval.latency import OtherLoad, decode, time_model
 from eval.profile import ProfileSettings, main, profile_folder
 from tests.conftest import build_tiny_llama
 
@@ -46,3 +51,58 @@ def test_wrong_settings_are_refused(folder: Path, capsys: pytest.CaptureFixture[
         main(["--model", str(folder), "--new-tokens", "1"])
     assert stopped.value.code == 2
     assert "new_tokens" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["--model", str(folder), "--batches", "0"])
+    assert stopped.value.code == 2 and "batches" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_further_batches_prompts_and_beams(folder: Path) -> None:
+    wanted = ProfileSettings(prompt_tokens=16, new_tokens=4, repeats=2, threads=1, batches=(1, 3), beams=(1, 2))
+    _, latency = profile_folder(folder, wanted)
+    assert [(point.batch, point.prompt_tokens, point.beams) for point in latency.grid] == [
+        (1, 16, 1), (1, 16, 2), (3, 16, 1), (3, 16, 2),
+    ]  # fmt: skip
+    assert all(len(point.decode_tokens_per_second.values) == 2 for point in latency.grid)
+    assert latency.batch == 1 and latency.read_bandwidth > 0 and 0 <= latency.other_load <= 1
+    with pytest.raises(ModelError, match="256 positions"):
+        profile_folder(folder, ProfileSettings(prompts=(8, 300), threads=1))
+
+
+def timed(model: nn.Module, **settings: int) -> Latency:
+    small = ProfileSettings(**({"prompt_tokens": 16, "new_tokens": 8, "repeats": 1} | settings))
+    return time_model(model.eval(), small, lambda: 0)[0]
+
+
+def test_a_step_reads_every_weight_once_and_half_of_the_generated_keys() -> None:
+    tied, untied = build_tiny_llama(tie_word_embeddings=True), build_tiny_llama(tie_word_embeddings=False)
+    cache = decode(tied, torch.zeros(2, 16, dtype=torch.long), 8).cache_bytes * 20 / 23  # 16 + 8 / 2 of 16 + 7 tokens
+    weights = 4 * sum(parameter.numel() for parameter in tied.parameters()) + 4 * sum(
+        buffer.numel() for buffer in tied.buffers()
+    )
+    read = timed(tied, batch=2).bytes_per_step
+    assert read == int(weights + cache)
+    assert timed(untied, batch=2).bytes_per_step == read  # of its table a few rows, of its head everything
+    quantize_model(untied, QUANTIZERS.create("nf4"), progress=False)
+    linears = [module for module in untied.modules() if isinstance(module, nn.Linear)]
+    smaller = sum(
+        4 * linear.weight.numel() - getattr(linear.weight, "storage_bytes", 4 * linear.weight.numel())
+        for linear in linears
+    )
+    assert smaller > 0 and timed(untied, batch=2).bytes_per_step == read - smaller
+
+
+def test_the_share_of_the_bandwidth() -> None:
+    model = build_tiny_llama()
+    found = timed(model, batch=2)
+    rate = found.decode_tokens_per_second.median
+    assert found.token_seconds == 2 / rate
+    assert found.bandwidth_share == pytest.approx(found.bytes_per_step * rate / 2 / found.read_bandwidth)
+
+
+def test_own_work_is_no_load_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_count", lambda: 2)
+    readings = iter([(100.0, 40.0, 0.0), (112.0, 48.0, 10.0), (100.0, 40.0, 0.0), (101.0, 48.0, 10.0)])
+    monkeypatch.setattr(OtherLoad, "_read", lambda self: next(readings))
+    assert OtherLoad().share() == pytest.approx((12 - 8) / 20)
+    assert OtherLoad().share() == 0  # the counters' grain

@@ -5,7 +5,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from eval.records import Accuracy, Perplexity, StageRecord, Storage, Timing
+from eval.costs import Storage, Timing
+from eval.records import Accuracy, Perplexity, StageRecord
 
 
 def test_wilson_interval_of_a_known_case() -> None:

@@ -33,8 +33,8 @@ from compress_peft.weights.compressed import CompressedWeight
 from eval.answer_loss import answer_loss
 from eval.choices import score_choices
 from eval.generation import generate_answers
+from eval.latency import decode
 from eval.memory import BlockWidths, kv_cache_bytes
-from eval.profile import _decode
 from tests.adapters.architectures import T5, USUAL
 
 
@@ -255,7 +255,7 @@ def test_a_quantized_head_stays_tied_to_all_embeddings(t5):
 
 def test_the_profile_decodes_through_both_caches(t5):
     prompt = torch.randint(3, 320, (2, 9), generator=torch.Generator().manual_seed(0))
-    run = _decode(t5, prompt, 5)
+    run = decode(t5, prompt, 5)
     expected = 2 * 2 * (9 + 5) * 2 * 64 * 4  # keys and values, rows, cross and self, blocks, width, bytes
     assert run.cache_bytes == expected == kv_cache_bytes(t5.config, 2, 14, 4)
     assert BlockWidths.of(t5).blocks == 4 and BlockWidths.of(t5).attention == 64

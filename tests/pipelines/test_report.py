@@ -11,26 +11,26 @@ from pathlib import Path
 import pytest
 
 from compress_peft.errors import CorruptFile, DataError
+from eval.costs import Latency, LatencyPoint, Memory, Storage, Timing
 from eval.records import (
     Accuracy,
     Curve,
     CurvePoint,
     DataFacts,
-    Latency,
     Machine,
-    Memory,
     ModelFacts,
     Perplexity,
     RunReport,
     SplitFacts,
     StageRecord,
     StepRecord,
-    Storage,
-    Timing,
 )
 from pipelines.report import read_report, render, write_report
 from pipelines.report.__main__ import main
 from pipelines.report.merges import merge_rows
+from pipelines.report.plots import draw_all
+from pipelines.report.speed import grid_rows, speed_table
+from pipelines.report.view import headline
 
 STAGES = (  # name, right answers of 200, perplexity, weights, disk, peaks, prefill, decode
     ("original", 84, 33.69, 538e6, 541e6, 1010e6, 1042e6, 0.31, 12.9),
@@ -259,3 +259,55 @@ def test_every_policy_is_beside_the_unmerged_model(tmp_path: Path) -> None:
     page = write_report(report, tmp_path).read_text()
     assert "<h2>Merging</h2>" in page and "75.0% of 512" in (tmp_path / "report.md").read_text()
     assert not merge_rows(made_up_report())
+
+
+def with_speed(report: RunReport, batches: tuple[int, ...]) -> RunReport:
+    """Twice the rate for twice the rows; reading 0.5 GB a step of 31.25 GB a second at 37.5 or 12.5 tokens a second."""
+    stages = []
+    for stage in report.stages:
+        speed = stage.latency
+        assert speed is not None
+        grid = tuple(
+            LatencyPoint(
+                batch=batch,
+                prompt_tokens=128,
+                beams=beams,
+                prefill_seconds=speed.prefill_seconds,
+                decode_tokens_per_second=Timing.from_values([10.0 * batch, 11.0 * batch]),
+            )
+            for batch in batches
+            for beams in (1, 3)
+        )
+        extra = {
+            "bytes_per_step": int(31.25e9 / speed.decode_tokens_per_second.median / 4),
+            "read_bandwidth": 31.25e9,
+            "other_load": 0.03,
+            "grid": grid,
+        }
+        stages.append(stage.model_copy(update={"latency": speed.model_copy(update=extra)}))
+    return report.model_copy(update={"stages": tuple(stages)})
+
+
+def test_speed_has_its_own_tables_and_plot(tmp_path: Path) -> None:
+    report = with_speed(made_up_report(), (1, 2, 4))
+    labels, rows = speed_table(report.stages)
+    assert "J per token" not in labels  # no stage has it
+    place = labels.index("Of memory bandwidth")
+    assert all(row[place] == "25% of 31.2 GB/s" and row[labels.index("Other load")] == "3%" for row in rows)
+    grid = grid_rows(report.stages)
+    assert len(grid) == 6 * len(report.stages) and grid[2][1:4] == ("2", "128", "1") and grid[2][5] == "21 (20 to 22)"
+    write_report(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Tokens a second by rows in a batch, at 128 prompt tokens, 1 beam" in page and "21 (20 to 22)" in page
+    assert "| Rows | Prompt tokens |" in (tmp_path / "report.md").read_text()
+    assert "Throughput" not in [plot.title for plot in draw_all(made_up_report())]
+    beams = [plot.description for plot in draw_all(with_speed(made_up_report(), (2,))) if plot.title == "Throughput"]
+    assert beams == ["Tokens a second by beams, at 2 rows, 128 prompt tokens"]
+
+
+def test_the_headline_without_scores_is_about_costs() -> None:
+    report = made_up_report()
+    bare = [stage.model_copy(update={"accuracies": (), "perplexity": None}) for stage in report.stages]
+    assert "weights from" in headline(report.model_copy(update={"stages": tuple(bare)}))
+    nothing = [stage.model_copy(update={"storage": None, "memory": None, "latency": None}) for stage in bare]
+    assert headline(report.model_copy(update={"stages": tuple(nothing)})).endswith("nothing was measured.")

@@ -25,6 +25,7 @@ from pydantic import (
 
 import pipelines.steps  # noqa: F401  registers the steps
 from compress_peft.data.build import DataSettings
+from compress_peft.data.preset import preset_names
 from compress_peft.errors import ConfigError, Problem, did_you_mean
 from eval.judge import JudgeSettings
 from eval.text_metrics import MetricName
@@ -76,8 +77,16 @@ class TaskEvaluation(Section):
     """A language model that grades generated answers, also for tasks with choices; off unless given."""
 
 
+def _name_or_settings(schema: dict[str, Any]) -> None:
+    settings = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"enum": preset_names()}, settings]
+
+
 class FurtherTask(TaskEvaluation):
-    """A task with data of its own, of which only the test split is used."""
+    """A task with data of its own, of which only the test split is used; or the name of a preset."""
+
+    model_config = ConfigDict(json_schema_extra=_name_or_settings)
 
     data: DataSettings
     """As the recipe's own data section; `splits: {test: n}` is enough."""
@@ -87,6 +96,7 @@ class FurtherTask(TaskEvaluation):
     @model_validator(mode="before")
     @classmethod
     def _above_preset(cls, given: Any) -> Any:
+        given = {"data": {"preset": given}} if isinstance(given, str) else given
         return above_preset(given) if isinstance(given, dict) else given
 
 
@@ -163,7 +173,7 @@ class EvaluateSettings(Section):
     task: TaskEvaluation | None = TaskEvaluation()
     """null switches it off."""
     tasks: tuple[FurtherTask, ...] = ()
-    """Further tasks, each with data of its own, e.g. [{data: {preset: mt_bench}, judge: {...}}]."""
+    """Further tasks, each with data of its own, e.g. [boolq, {data: {preset: mt_bench}, judge: {...}}]."""
     perplexity: PerplexityEvaluation | None = PerplexityEvaluation()
     """null switches it off. An encoder-decoder has none: in its place stands the loss of the test split's answers."""
     fidelity: FidelityEvaluation | None = None

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from compress_peft.errors import ConfigError
 from eval.records import RunReport
 from pipelines.recipe import parse_recipe
 from pipelines.run import EXIT_DONE, main
 from pipelines.runner import resolved
+from pipelines.schema import recipe_schema
 from tests.eval.test_dialogue import ROWS, write
 from tests.eval.test_judge import Judge, server  # noqa: F401  a fixture
 from tests.pipelines.conftest import write_examples, write_recipe
@@ -79,6 +81,18 @@ def test_a_preset_lies_beneath_the_task(recipe: dict[str, Any], tmp_path: Path) 
     assert mt_bench.judge.reference and mt_bench.judge.model == "j"
     assert other.data.splits.train == other.data.splits.validation == 0 and other.metrics is None
     assert parse_recipe(resolved(parsed)) == parsed
+
+
+def test_the_name_of_a_preset_is_enough(recipe: dict[str, Any]) -> None:
+    recipe["evaluate"]["tasks"] = ["boolq"]
+    (task,) = parse_recipe(recipe).evaluate.tasks
+    assert task.data.preset == "boolq" and task.data.choices
+    validator = Draft202012Validator(recipe_schema())
+    assert validator.is_valid(recipe)
+    recipe["evaluate"]["tasks"] = ["bool"]
+    assert not validator.is_valid(recipe)
+    with pytest.raises(ConfigError, match=r'evaluate\.tasks\[0\]: there is no preset "bool": did you mean "boolq"'):
+        parse_recipe(recipe)
 
 
 def test_text_that_is_trained_on_is_no_task(recipe: dict[str, Any], tmp_path: Path, capsys: Any) -> None:

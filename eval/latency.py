@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 
 from compress_peft.models.encoder_decoder import start_token
@@ -30,6 +30,10 @@ from eval.machine import read_bandwidth
 
 if TYPE_CHECKING:
     from eval.profile import ProfileSettings
+
+
+SHORTEST = 0.5
+"""Seconds; processors' time is counted in steps of 0.01."""
 
 
 class Run(NamedTuple):
@@ -141,28 +145,39 @@ def decode(model: Any, prompt: Tensor, new_tokens: int) -> Run:
     return Run(prefill=middle - start, decode=end - middle, cache_bytes=cache_bytes)
 
 
+class _FirstToken(StoppingCriteria):
+    """Stops nothing; notes when `generate` has chosen its first token."""
+
+    seconds: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.seconds is None:
+            self.seconds = _now(input_ids.device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def _beam_search(beams: int) -> Callable[[Any, Tensor, int], Run]:
-    """As `decode`, but by `generate`: the time of all tokens less that of the first one alone."""
+    """As `decode`, but by `generate`."""
 
     def run(model: Any, prompt: Tensor, new_tokens: int) -> Run:
-        def seconds(new: int) -> float:
-            start = _now(prompt.device)
-            model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                num_beams=beams,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=0,
-            )
-            return _now(prompt.device) - start
-
-        first = seconds(1)
-        return Run(prefill=first, decode=max(seconds(new_tokens) - first, 1e-9), cache_bytes=0)
+        clock = _FirstToken()
+        start = _now(prompt.device)
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            num_beams=beams,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        end = _now(prompt.device)
+        assert clock.seconds is not None
+        return Run(prefill=clock.seconds - start, decode=end - clock.seconds, cache_bytes=0)
 
     return run
 
@@ -191,9 +206,11 @@ class OtherLoad:
     def __init__(self) -> None:
         self._start = self._read()
 
-    def share(self) -> float:
-        """Of all processors' time since the start, from 0 to 1."""
+    def share(self) -> float | None:
+        """Of all processors' time since the start, from 0 to 1; None where that is too short for the kernel's clock."""
         busy, own, wall = (now - then for now, then in zip(self._read(), self._start, strict=True))
+        if wall < SHORTEST:
+            return None
         return min(max((busy - own) / (wall * (psutil.cpu_count() or 1)), 0.0), 1.0)
 
     @staticmethod

@@ -33,6 +33,7 @@ from pipelines.inputs import missing_inputs
 from pipelines.presets import above_preset, under_recipe
 from pipelines.steps.base import STEPS, Step, check_order
 from pipelines.steps.merge import Merge
+from pipelines.tasks import scored
 from pipelines.validation import problems_of
 
 
@@ -345,14 +346,6 @@ def _unfit_data(recipe: Any) -> list[Problem]:
             fix = f"add {judge}, and leave out metrics" + (", or set it to null" if where == "evaluate.task" else "")
             problems.append(Problem(where, "a judge, and no metric, grades the turns of data.follow_ups", fix))
     return problems
-
-
-def scored(recipe: Any) -> list[tuple[str, TaskEvaluation, DataSettings]]:
-    """(key, how it is scored, its data) of every task: that of the recipe's own data, then the further ones."""
-    evaluate = recipe.evaluate
-    own = evaluate.task is not None and recipe.data is not None
-    first = [("evaluate.task", evaluate.task, recipe.data)] if own else []
-    return first + [(f"evaluate.tasks[{index}]", task, task.data) for index, task in enumerate(evaluate.tasks)]
 
 
 def _missing_in_sound_sections(raw: dict[str, Any]) -> list[Problem]:

@@ -25,21 +25,28 @@ class ScoredTask(NamedTuple):
         return self.built.test
 
 
+def scored(recipe: Any) -> list[tuple[str, Any, DataSettings]]:
+    """(key, how it is scored, its data) of every task: that of the recipe's own data, then the further ones."""
+    evaluate = recipe.evaluate
+    own = evaluate.task is not None and recipe.data is not None
+    first = [("evaluate.task", evaluate.task, recipe.data)] if own else []
+    return first + [(f"evaluate.tasks[{index}]", task, task.data) for index, task in enumerate(evaluate.tasks)]
+
+
 def scored_tasks(recipe: Any, own: TaskData | None, tokenizer: PreTrainedTokenizerBase) -> list[ScoredTask]:
     """All tasks that the recipe scores, its own data's first.
 
     Raises:
         DataError: two tasks have one name, or a further one tests on what the model is trained on; and as `build_data`.
     """
-    evaluate = recipe.evaluate
-    found = []
-    if own is not None and evaluate.task is not None:
-        found.append(ScoredTask(own.origin.name, evaluate.task, recipe.data, own))
+    found: list[ScoredTask] = []
     learned = [] if own is None else [*own.train, *own.validation]
     trained = {digest(text) for example in learned for text in (example.prompt, example.text)}
-    for index, settings in enumerate(evaluate.tasks):
-        where = f"evaluate.tasks[{index}]"
-        built = build_data(settings.data, tokenizer)
+    for where, settings, data in scored(recipe):
+        if data is recipe.data and own is not None:
+            found.append(ScoredTask(own.origin.name, settings, data, own))
+            continue
+        built = build_data(data, tokenizer)
         name = settings.name or built.origin.name
         if name in {task.name for task in found}:
             raise DataError(Problem(f"{where}.name", f'two tasks are called "{name}"', "give this one another name"))
@@ -47,7 +54,7 @@ def scored_tasks(recipe: Any, own: TaskData | None, tokenizer: PreTrainedTokeniz
         if shared:
             what = f"{shared} of its {len(built.test)} test examples are part of the training or validation split"
             raise DataError(Problem(f"{where}.data", what, "test on text that the model is not trained on"))
-        found.append(ScoredTask(name, settings, settings.data, built))
+        found.append(ScoredTask(name, settings, data, built))
     return found
 
 

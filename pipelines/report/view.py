@@ -96,6 +96,8 @@ def build_view(report: RunReport) -> View:
 def headline(report: RunReport) -> str:
     """What became of the model, in one sentence with figures: the last stage with a score against the first."""
     measured = [stage for stage in report.stages if stage.accuracy or stage.perplexity] or report.stages
+    if not measured:
+        return f"{report.model.name}: nothing was measured."
     first, last = measured[0], measured[-1]
     parts = []
     if first.accuracy and last.accuracy:

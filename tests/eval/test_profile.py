@@ -64,7 +64,7 @@ def test_further_batches_prompts_and_beams(folder: Path) -> None:
         (1, 16, 1), (1, 16, 2), (3, 16, 1), (3, 16, 2),
     ]  # fmt: skip
     assert all(len(point.decode_tokens_per_second.values) == 2 for point in latency.grid)
-    assert latency.batch == 1 and latency.read_bandwidth > 0 and 0 <= latency.other_load <= 1
+    assert latency.batch == 1 and latency.read_bandwidth > 0
     with pytest.raises(ModelError, match="256 positions"):
         profile_folder(folder, ProfileSettings(prompts=(8, 300), threads=1))
 
@@ -102,7 +102,10 @@ def test_the_share_of_the_bandwidth() -> None:
 
 def test_own_work_is_no_load_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.cpu_count", lambda: 2)
-    readings = iter([(100.0, 40.0, 0.0), (112.0, 48.0, 10.0), (100.0, 40.0, 0.0), (101.0, 48.0, 10.0)])
+    starts = [(100.0, 40.0, 0.0)] * 3
+    ends = [(112.0, 48.0, 10.0), (101.0, 48.0, 10.0), (100.3, 40.1, 0.2)]
+    readings = iter([reading for pair in zip(starts, ends, strict=True) for reading in pair])
     monkeypatch.setattr(OtherLoad, "_read", lambda self: next(readings))
     assert OtherLoad().share() == pytest.approx((12 - 8) / 20)
     assert OtherLoad().share() == 0  # the counters' grain
+    assert OtherLoad().share() is None

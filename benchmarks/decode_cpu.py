@@ -4,7 +4,8 @@
 
 First single products, 4096 x 11008 with 1, 4 and 16 rows of activations, on each grid (groups of 64); then the whole
 model: decoding through transformers' generate, and prefill of 512 tokens, with NF4 and int4, the head dense or as
-8-bit codes (head_bits: 8). Compare ratios within one run on a quiet machine only.
+8-bit codes (head_bits: 8). "dense" is plain torch; "dense, C" has the kernel for dense layers. Compare ratios within
+one run on a quiet machine only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nf4_cpu import Variants, bandwidth, find_model, find_text, measure, report,
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.quantization.head import quantize_head
 from compress_peft.weights import kernels
+from compress_peft.weights.dense import use_kernels
 
 GRIDS = {
     "nf4": ("nf4", {}),
@@ -33,16 +35,20 @@ GRIDS = {
 
 def products(repeats: int) -> None:
     weight = torch.randn(4096, 11008)
+    layer = nn.Linear(11008, 4096, bias=False)
+    layer.weight.data = weight
+    use_kernels(layer)
     compressed = {name: QUANTIZERS.create(method, **s).quantize(weight) for name, (method, s) in GRIDS.items()}
     for rows in (1, 4, 16):
         x = torch.randn(rows, 11008)
-        variants: Variants = {"dense": lambda x=x: functional.linear(x, weight)}
+        variants: Variants = {"dense": lambda x=x: functional.linear(x, weight), "dense, C": lambda x=x: layer(x)}
         variants |= {name: (lambda w=w, x=x: functional.linear(x, w)) for name, w in compressed.items()}
         report(f"linear 4096 x 11008, {rows} row(s)", measure(variants, 3 * repeats), "ms", lambda s: s * 1e3)
 
 
 def variants_of(dense: nn.Module) -> dict[str, nn.Module]:
-    found = {"dense": dense}
+    found = {"dense": dense, "dense, C": copy.deepcopy(dense)}
+    use_kernels(found["dense, C"])
     for name in ("nf4", "int4"):
         method, settings = GRIDS[name]
         for head in (None, 8):
@@ -50,6 +56,7 @@ def variants_of(dense: nn.Module) -> dict[str, nn.Module]:
             quantize_model(model, QUANTIZERS.create(method, **settings), progress=False)
             if head:
                 quantize_head(model, head)
+            use_kernels(model)
             found[name + (f"+head{head}" if head else "")] = model
     return found
 

@@ -25,8 +25,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compress_peft import load
 from compress_peft.errors import UserError
 from compress_peft.models.layers import linear_layers
 from compress_peft.models.sources import resolve_source
@@ -45,11 +45,13 @@ def package_folder(package: str) -> Path | None:
 
 
 def find_model(source: str) -> tuple[nn.Module, object]:
-    """source: as model.source in a recipe."""
+    """The model as plain transformers has it, and its tokenizer; source: as model.source in a recipe."""
     try:
-        return load(resolve_source(source).folder, dtype=torch.float32)
+        folder = resolve_source(source).folder
     except UserError as error:
         sys.exit(str(error))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def find_text(given: str | None) -> Path:

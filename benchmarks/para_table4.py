@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
 
+from compress_peft import load
 from compress_peft.adapters import ADAPTERS
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.serving import Tenants
@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def read_backbone(folder: str, kind: str, device: str) -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(device).eval()
+    model, _ = load(folder, device)
     if kind != "dense":
         method, settings = BACKBONES[kind]
         quantize_model(model, QUANTIZERS.create(method, **settings), progress=False)

@@ -16,6 +16,7 @@ from compress_peft.models.encoder_decoder import auto_class
 from compress_peft.models.foreign import load_foreign
 from compress_peft.models.sources import missing_source
 from compress_peft.models.verify import MANIFEST, verify_folder
+from compress_peft.weights.dense import use_kernels
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
@@ -85,4 +86,6 @@ def load(
         model = load_adapter(model, folder)
     elif adapter is not None:
         model = attach_saved(model, adapter)
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    use_kernels(model)
+    return model, tokenizer

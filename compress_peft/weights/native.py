@@ -44,6 +44,7 @@ def _library() -> ctypes.CDLL | None:
     library.affine_dequantize.argtypes = [*affine, size, size, size, pointer, pointer, integer, integer]
     library.affine_dequantize.restype = None
     library.affine_matmul.argtypes = [*affine, pointer, pointer, size, size, size, integer, integer]
+    library.dense_matmul.argtypes = [pointer] * 4 + [size] * 3 + [integer, integer]
     return library
 
 
@@ -75,6 +76,12 @@ def available() -> str | None:
 def has_openmp() -> bool:
     library = _library()
     return library is not None and bool(library.cpu_has_openmp())
+
+
+@functools.cache
+def has_dense() -> bool:
+    """Whether there is a kernel for dense weights: with plain C it would be slower than torch."""
+    return available() not in (None, "portable")
 
 
 def _nf4(parts: NF4Parts) -> tuple[int | None, ...]:
@@ -158,3 +165,22 @@ def matmul(x: Tensor, parts: Parts, isa: str | None = None) -> Tensor:
     out = torch.empty(len(x), parts.shape[0], dtype=torch.float32)
     prepare(parts, isa)(x, out, len(x))
     return out
+
+
+def dense_matmul(weight: Tensor, bias: Tensor | None, x: Tensor, out: Tensor) -> None:
+    """x (..., in) @ weight (out, in)^T + bias (out,) into out (..., out), all float32 and contiguous; `has_dense()`."""
+    library = _library()
+    assert library is not None
+    n, k = weight.shape
+    failed = library.dense_matmul(
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        x.data_ptr(),
+        out.data_ptr(),
+        x.numel() // max(k, 1),
+        n,
+        k,
+        _ISA["avx2"],
+        torch.get_num_threads(),
+    )
+    assert not failed

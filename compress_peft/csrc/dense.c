@@ -1,7 +1,7 @@
 /* Products of a few rows with a dense float32 weight: the layers that are not compressed, above all the output head.
 
-   torch gives such products to MKL, which on processors that are not Intel's takes a generic way and reads the weight
-   at a third to a half of what the memory allows. Memory is the limit here: AVX-512 brings nothing over AVX2. */
+   torch gives such products to MKL, which on processors that are not Intel's takes a generic way that does not keep up
+   with the memory. With few rows memory is the limit: AVX-512 brings nothing over AVX2. */
 
 #include "common.h"
 

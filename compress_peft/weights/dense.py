@@ -1,8 +1,8 @@
 """Decoding with the layers that are not compressed: few rows of activations times a dense float32 weight, on the CPU.
 
 The C kernel (csrc/dense.c) reads the weight at the speed of the memory, where torch's own product, on a processor that
-is not Intel's, needs twice to four times as long. Above all it is for the output head, which stays dense in most
-compressed models, and for models that are pruned and not quantized.
+is not Intel's, takes longer (`benchmarks/decode_cpu.py` has both). Above all it is for the output head, which stays
+dense in most compressed models, and for models that are pruned and not quantized.
 """
 
 from __future__ import annotations
@@ -15,22 +15,20 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from compress_peft.weights import native
-
-FEW_ROWS = 16
-"""Up to so many rows of activations the C product beats torch's (measured on Zen 4)."""
+from compress_peft.weights.kernels import FEW_ROWS
 
 
 def use_kernels(model: nn.Module) -> None:
     """Lets the linear layers of `model` run the C kernel wherever it can take a product over, and torch everywhere
     else: in training, on other devices and dtypes, under `torch.compile`. Sums differ in the last bits.
 
-    Does nothing where the kernel is not there. Only `nn.Linear` itself changes: subclasses, and layers whose `forward`
-    somebody has replaced, have ways of their own.
+    Does nothing where the kernel is not there. Only `nn.Linear` itself with a plain weight changes: compressed weights,
+    subclasses, and layers whose `forward` somebody has replaced, have ways of their own.
     """
     if not native.has_dense():
         return
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module):
+        if type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in vars(module):
             # a method, since copies of the module bind it anew
             module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
@@ -38,7 +36,7 @@ def use_kernels(model: nn.Module) -> None:
 def forward(self: nn.Linear, x: Tensor) -> Tensor:
     """In place of `nn.Linear.forward`. x (..., in) -> (..., out)."""
     weight, bias = self.weight, self.bias
-    if x.is_cpu and x.dtype is torch.float32 and _takes(x, weight, bias):
+    if type(weight) is nn.Parameter and _takes(x, weight, bias):  # the weight may have been compressed meanwhile
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
         native.dense_matmul(weight, bias, x, out)
         return out
@@ -51,9 +49,9 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.shape[-1] == weight.shape[1]
         and x.numel() <= FEW_ROWS * weight.shape[1]
-        and x.is_contiguous()
         and type(x) is Tensor
-        and all(type(p) is nn.Parameter and _plain(p) for p in parameters)
+        and _plain(x)
+        and all(_plain(p) for p in parameters)
         and not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)))
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -63,5 +61,5 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _plain(parameter: Tensor) -> bool:
-    return parameter.is_cpu and parameter.dtype is torch.float32 and parameter.is_contiguous()
+def _plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype is torch.float32 and tensor.is_contiguous()

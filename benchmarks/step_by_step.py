@@ -41,7 +41,7 @@ from eval.choices import score_choices
 
 WAYS = ("untrained", "answers", "step by step")
 TASKS = RationaleSettings(answer_prefix="[label] ")
-LENGTH = 384
+LENGTH = 512
 
 
 def problems(arguments: argparse.Namespace, tokenizer: Any) -> TaskData:

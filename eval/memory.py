@@ -140,11 +140,12 @@ def estimate_training(
     """
     vocabulary, tokens = text_config(model).vocab_size, batch * length
     saved = saved_bytes(model, tokens, bytes_each, checkpointing, everything=not added)
-    logits = 4 * batch * (response + 1) * vocabulary
+    logits = batch * (response + 1) * vocabulary
     scratch = scratch_bytes(model, compressed, bytes_each)
-    copies = (DISTILLED_LOGITS if distilling else 3) + teacher_logits
-    passing = max(copies * logits, passing_bytes(model, tokens, bytes_each))
-    backward, validating = passing + scratch, 2 * passing + scratch
+    scored = 4 * (DISTILLED_LOGITS + teacher_logits) * logits if distilling else bytes_each * logits
+    gradient = 0 if distilling else scored  # of the logits, in their own dtype
+    within = passing_bytes(model, tokens, bytes_each)
+    backward, validating = max(scored + gradient, within) + scratch, 2 * max(scored, within) + scratch
     own, gradients, optimizer = 4 * trainable * added, 4 * trainable, ADAM_BYTES * trainable
     best = 2 * 4 * trainable  # the best weights so far, and those that are about to replace them
     held = baseline + weights + own + optimizer

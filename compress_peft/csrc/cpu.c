@@ -13,6 +13,15 @@ EXPORT int cpu_best_isa(void) {
     return 0;
 }
 
+EXPORT int cpu_is_amd(void) {
+#ifdef HAVE_X86
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return 0;
+#endif
+}
+
 EXPORT int cpu_has_openmp(void) {
 #ifdef _OPENMP
     return 1;

@@ -32,6 +32,7 @@ from compress_peft.models.shards import INDEX, disk_error, read_header, write_sh
 from compress_peft.models.verify import MANIFEST, sha256, verify_folder, write_manifest
 from compress_peft.models.walk import BlockTurn, BlockWalk
 from compress_peft.weights import CompressedWeight
+from compress_peft.weights.dense import use_kernels
 from compress_peft.weights.storage import Spec, join_weight, split_state_dict
 
 ACTIVATIONS_IN_MEMORY = 1 << 30
@@ -301,6 +302,7 @@ def walk_folder(
     if (source / MANIFEST).exists():
         verify_folder(source)
     model = empty_model(source, dtype, trust_remote_code)
+    use_kernels(model)  # as in memory: the same sums in the same order
     store = FolderStore(model, source, work, activation_bytes)
     job = make_job(model)
     tokens = (0, 0) if calibration is None else (calibration.shape[0], calibration.shape[1])

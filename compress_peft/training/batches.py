@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compress_peft.data.encode import encode_example, left_pad, padding_id, positions
 from compress_peft.data.examples import Example
-
-IGNORED = -100
+from compress_peft.tensors.cross_entropy import IGNORED
 
 TokenPair = tuple[list[int], list[int]]
 

@@ -10,7 +10,8 @@ from torch.nn import functional
 from compress_peft.models.encoder_decoder import align_right, split_rows
 from compress_peft.models.layers import is_encoder_decoder
 from compress_peft.models.prompts import prompt_kwargs
-from compress_peft.training.batches import IGNORED, Batch
+from compress_peft.tensors.cross_entropy import IGNORED, cross_entropy
+from compress_peft.training.batches import Batch
 
 
 def response_output(model: nn.Module, batch: Batch, output_hidden_states: bool = False) -> Any:
@@ -36,22 +37,17 @@ def response_output(model: nn.Module, batch: Batch, output_hidden_states: bool =
     )
 
 
-def response_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (batch, response, vocabulary) that predict `batch.targets`."""
+def language_modelling_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of the negative log-likelihoods (nats) of each row's response tokens: (batch,) float32."""
     logits: Tensor = response_output(model, batch).logits
-    return logits[:, -batch.targets.shape[1] - 1 : -1]
+    kept = batch.targets.shape[1] + 1
+    if logits.shape[1] > kept:  # a model that computes all of them
+        logits = logits[:, -kept:]
+    # The last logits predict nothing. They stay, since autograd would copy all the others to leave them out.
+    targets = functional.pad(batch.targets, (0, 1), value=IGNORED)
+    return cross_entropy(logits, targets).sum(dim=1)
 
 
 def language_modelling_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the negative log-likelihoods (nats) of the response tokens, a scalar in float32."""
-    logits = response_logits(model, batch).float()
-    return functional.cross_entropy(
-        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-
-
-def language_modelling_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """The same sum for each row: (batch,) float32."""
-    logits = response_logits(model, batch).float()
-    losses = functional.cross_entropy(logits.mT, batch.targets, ignore_index=IGNORED, reduction="none")
-    return losses.sum(dim=1)
+    """The same sum for the whole batch: a scalar."""
+    return language_modelling_losses(model, batch).sum()

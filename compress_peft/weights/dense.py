@@ -1,8 +1,11 @@
-"""Decoding on the CPU: few rows of float32 activations, for which linear layers call the C kernels themselves.
+"""Inference in float32 on the CPU, for which linear layers call the fastest product themselves.
 
-Dense weights (csrc/dense.c): the kernel reads the weight at the speed of the memory, where torch's own product, on a
-processor that is not Intel's, takes longer (`benchmarks/decode_cpu.py` has both). Above all it is for the output head,
-which stays dense in most compressed models, and for models that are pruned and not quantized.
+Few rows, which is decoding, and dense weights (csrc/dense.c): the C kernel reads the weight at the speed of the memory,
+where torch's own product, on a processor that is not Intel's, takes longer (`benchmarks/decode_cpu.py` has both). Above
+all it is for the output head, which stays dense in most compressed models, and for models that are pruned and not
+quantized.
+
+Many rows: where another library's product is faster than torch's own (products.py), dense layers call that one.
 
 Compressed weights: the product is the same as without this, but torch's dispatch to the tensor's class, a fifth of the
 time of a small layer, is left out.
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from compress_peft.weights import native
+from compress_peft.weights import native, products
 from compress_peft.weights.compressed import CompressedWeight
 from compress_peft.weights.kernels import FEW_ROWS
 
@@ -46,6 +49,8 @@ def forward(self: nn.Linear, x: Tensor) -> Tensor:
             out = product(x)
             return out if bias is None else out + bias.to(out.dtype)
     elif type(weight) is nn.Parameter and _takes(x, weight, bias) and _nobody_listens(x, weight, bias):
+        if x.numel() > FEW_ROWS * weight.shape[1]:
+            return products.linear(x, weight, bias)
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
         native.dense_matmul(weight, bias, x, out)
         return out
@@ -57,10 +62,8 @@ def _fits(x: Tensor, columns: int) -> bool:
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel for dense weights can run this product."""
-    columns = weight.shape[1]
-    few = _fits(x, columns) and x.numel() <= FEW_ROWS * columns
-    return few and _plain(x) and _plain(weight) and (bias is None or _plain(bias))
+    """Whether this is a product in float32 on the CPU of tensors without gaps."""
+    return _fits(x, weight.shape[1]) and _plain(x) and _plain(weight) and (bias is None or _plain(bias))
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress_peft.weights import cuda, native
+from compress_peft.weights import cuda, native, products
 from compress_peft.weights.parts import AffineParts, NF4Parts, Parts
 
 FEW_ROWS = 16
@@ -145,22 +145,26 @@ def linear_backward(grad: Tensor, parts: Parts, compute_dtype: torch.dtype | Non
     dtype = compute_dtype or product_dtype(grad.dtype, grad.device)
     on_cpu = grad.device.type == "cpu" and dtype == torch.float32
     if on_cpu and parts.by_rows and native.available():
-        cast = grad.to(dtype)
-        out = torch.zeros(len(cast), parts.shape[1])
-        for start, dense in _dense_parts(parts, dtype):
-            out.addmm_(cast[:, start : start + len(dense)], dense)
-        return out.to(grad.dtype)
+        return _backward_by_parts(grad.to(dtype), parts).to(grad.dtype)
     return (grad.to(dtype) @ dequantize(parts, dtype)).to(grad.dtype)
 
 
 def _linear_by_parts(x: Tensor, parts: Parts) -> Tensor:
     if parts.shape[0] * parts.shape[1] <= SCRATCH:
         ((_, dense),) = _dense_parts(parts, x.dtype)
-        return functional.linear(x, dense)
+        return products.linear(x, dense)
     out = x.new_empty(len(x), parts.shape[0])
     for start, dense in _dense_parts(parts, x.dtype):
-        torch.mm(x, dense.t(), out=out[:, start : start + len(dense)])
+        out[:, start : start + len(dense)] = products.linear(x, dense)
     return out
+
+
+def _backward_by_parts(grad: Tensor, parts: Parts) -> Tensor:
+    out: Tensor | None = None
+    for start, dense in _dense_parts(parts, grad.dtype):
+        part = products.linear(grad[:, start : start + len(dense)], dense.t())
+        out = part if out is None else out.add_(part)
+    return grad.new_zeros(len(grad), parts.shape[1]) if out is None else out
 
 
 def _dense_parts(parts: Parts, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -207,4 +211,5 @@ def active(device: torch.device | str) -> str:
     if isa is None:
         return "plain torch (no compiled kernel)"
     threads = f"OpenMP, {torch.get_num_threads()} threads" if native.has_openmp() else "one thread"
-    return f"compiled C kernel ({isa}, {threads})"
+    library = "; many rows: oneDNN" if products.onednn() is not None else ""
+    return f"compiled C kernel ({isa}, {threads}){library}"

@@ -78,6 +78,12 @@ def has_openmp() -> bool:
     return library is not None and bool(library.cpu_has_openmp())
 
 
+def on_amd() -> bool:
+    """Whether this is a processor of AMD's. False where there is no library to tell."""
+    library = _library()
+    return library is not None and bool(library.cpu_is_amd())
+
+
 def has_dense() -> bool:
     """Whether there is a kernel for dense weights: with plain C it would be slower than torch."""
     return available() not in (None, "portable")

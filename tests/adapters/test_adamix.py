@@ -11,9 +11,10 @@ from compress_peft.adapters.sparse_adapter import Masked, erdos_renyi, grasp_sco
 from compress_peft.errors import DataError
 from compress_peft.models.bundle import load_adapter, save_adapter
 from compress_peft.training.batches import Batch
-from compress_peft.training.losses import language_modelling_loss, response_logits
+from compress_peft.training.losses import language_modelling_loss
 from tests.adapters.helpers import part_at, perturb, prompts
 from tests.conftest import build_tiny_llama
+from tests.training.helpers import response_logits
 
 D, BLOCKS = 64, 2
 

@@ -28,7 +28,7 @@ from compress_peft.quantization.head import quantize_head
 from compress_peft.training import TrainingSettings, train
 from compress_peft.training.batches import IGNORED, collate, encode_all
 from compress_peft.training.hooks import PreparationBatches
-from compress_peft.training.losses import language_modelling_loss, language_modelling_losses, response_logits
+from compress_peft.training.losses import language_modelling_loss, language_modelling_losses
 from compress_peft.weights.compressed import CompressedWeight
 from eval.answer_loss import answer_loss
 from eval.choices import score_choices
@@ -36,6 +36,7 @@ from eval.generation import generate_answers
 from eval.latency import decode
 from eval.memory import BlockWidths, kv_cache_bytes
 from tests.adapters.architectures import T5, USUAL
+from tests.training.helpers import response_logits
 
 
 def closing_tokenizer() -> Any:

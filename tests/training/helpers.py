@@ -13,13 +13,18 @@ from compress_peft.models.random_model import byte_tokenizer
 from compress_peft.training import TrainingSettings, train
 from compress_peft.training.batches import encode_all
 from compress_peft.training.loop import TrainingResult, _group
-from compress_peft.training.losses import language_modelling_loss
+from compress_peft.training.losses import language_modelling_loss, response_output
 from tests.conftest import build_tiny_llama
 
 TOKENIZER = byte_tokenizer()
 WORDS = {"red": " a", "green": " b", "blue": " c", "white": " d"}
 EXAMPLES = tuple(Example(f"{word} {'x' * (i % 3)} ->", answer) for i in range(6) for word, answer in WORDS.items())
 SEED = 3
+
+
+def response_logits(model: Any, batch: Any) -> torch.Tensor:
+    """Logits (batch, response, vocabulary) that predict `batch.targets`."""
+    return response_output(model, batch).logits[:, -batch.targets.shape[1] - 1 : -1]
 
 
 class Killed(Exception):

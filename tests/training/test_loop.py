@@ -58,7 +58,7 @@ def test_it_learns_and_changes_only_the_adapter(tmp_path: Path) -> None:
 
 def test_the_weights_of_the_best_validation_are_kept(tmp_path: Path) -> None:
     model = adapted(dropout=0.0)
-    result = run(model, tmp_path, max_steps=12, learning_rate=0.3, schedule="constant", eval_steps=1)
+    result = run(model, tmp_path, max_steps=3, learning_rate=0.3, schedule="constant", eval_steps=1)
     pairs = encode_all(TOKENIZER, EXAMPLES[24:], 64, True)
     losses = [entry["loss"] for entry in result.progress.validations]
     assert min(losses) < losses[-1], "the test needs a run that gets worse at the end"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from compress_peft.loading import load
 from compress_peft.models.random_model import byte_tokenizer
 from compress_peft.quantization import QUANTIZERS
-from compress_peft.weights import compressed, dense, native
+from compress_peft.weights import compressed, dense, native, products
 
 pytestmark = pytest.mark.skipif(not native.has_dense(), reason="there is no kernel for dense layers here")
 
@@ -69,7 +69,7 @@ def test_what_the_kernel_cannot_do_goes_to_torch(calls):
     same = nn.Linear(64, 48, bias=False)
     same.load_state_dict(linear.state_dict())
     wide = torch.randn(4, 128)
-    for x in (torch.randn(dense.FEW_ROWS + 1, 64), wide[:, ::2], wide[:, :64].t().contiguous().t()):
+    for x in (wide[:, ::2], wide[:, :64].t().contiguous().t()):
         assert torch.equal(linear(x), same(x))
     assert linear(torch.randn(0, 64)).shape == (0, 48)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -82,6 +82,32 @@ def test_what_the_kernel_cannot_do_goes_to_torch(calls):
     linear.weight.data = linear.weight.data.t().contiguous().t()
     linear(torch.randn(1, 64))
     assert not [shape for shape in calls if shape[0]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(17,), (2, 40), (3, 1, 100)])
+def test_many_rows_go_to_the_faster_library(rows, bias, calls, monkeypatch):
+    linear, x = layer(48, 33, bias), torch.randn(*rows, 33)
+    asked = []
+
+    def product(*tensors):
+        asked.append(tensors)
+        return functional.linear(*tensors)
+
+    want = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+    assert (linear(x) - want).abs().max() < 1e-5  # whichever it is here
+    for found in (None, product):
+        monkeypatch.setattr(products, "onednn", lambda found=found: found)
+        assert torch.equal(linear(x), functional.linear(x, linear.weight, linear.bias))
+    assert len(asked) == 1 and not calls
+    assert linear(torch.randn(0, 33)).shape == (0, 48) and len(asked) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(x)
+    with torch.enable_grad():
+        linear(x).sum().backward()
+    assert torch.allclose(linear.weight.grad, x.flatten(0, -2).sum(0).expand(48, 33), atol=1e-4)
+    assert len(asked) == 1
 
 
 def test_gradients_are_those_of_torch(calls):

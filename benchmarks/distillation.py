@@ -26,13 +26,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from peft import PeftModel
 
 from benchmarks.quantizers import write
 from compress_peft import load
 from compress_peft.data.datasets import NAMED
+from compress_peft.loading import choose_device
 from compress_peft.models.sources import resolve_source
 from compress_peft.weights.compressed import dtype_from_name
 from eval.perplexity import perplexity
@@ -120,9 +120,10 @@ def other_text(arguments: argparse.Namespace, folder: Path) -> list[float]:
     kept = folder / "gsm8k.json"
     if not kept.exists():
         problems = [f"{each['question']}\n{each['answer']}" for each in NAMED["gsm8k"].read(NAMED["gsm8k"].folder())]
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        device = found if arguments.device == "auto" else arguments.device
-        given: dict[str, Any] = {"device": device, "dtype": dtype_from_name(arguments.dtype)}
+        given: dict[str, Any] = {
+            "device": choose_device(arguments.device),
+            "dtype": dtype_from_name(arguments.dtype),
+        }
         student, tokenizer = load(next(folder.glob("steps/01-*")) / "model", **given)
         adapter = folder / "steps" / "02-distill" / "adapter"
         models = [load(resolve_source(arguments.model).folder, **given)[0], student]

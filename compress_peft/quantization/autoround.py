@@ -25,8 +25,10 @@ from compress_peft.quantization.base import (
 )
 from compress_peft.quantization.rtn import RTN
 from compress_peft.tensors import affine
+from compress_peft.tensors.grid_search import search_shares
 from compress_peft.weights import AffineWeight, CompressedWeight
 from compress_peft.weights.compressed import dtype_from_name
+from compress_peft.weights.kernels import product_dtype
 
 PRESETS: dict[str, tuple[int, float]] = {"default": (200, 1 / 200), "light": (50, 5e-3)}
 """(iters, lr), as the authors recommend."""
@@ -37,15 +39,15 @@ class AutoRound(Quantizer):
     """Learned rounding: W = s (clamp(round(W / s + z + V)) - z), with V and the ranges trained per block (eq. 3 to 5).
 
     V, one per weight in [-0.5, 0.5], and the factors alpha and beta in [0, 1] on each group's largest and smallest
-    weight go the way of the sign of their gradients, straight through the roundings. The loss is the mean squared
-    distance of the block's output, for inputs from the quantized blocks before, to what the block puts out in the
-    unchanged model, so that a block makes up for the errors of those before it. The best of all steps is kept, where a
-    step counts by its loss over that of rounding to nearest on the same batch, so that an easy batch is not taken for a
-    good step.
+    weight, which start where `grid` says, go the way of the sign of their gradients, straight through the roundings.
+    The loss is the mean squared distance of the block's output, for inputs from the quantized blocks before, to what
+    the block puts out in the unchanged model, so that a block makes up for the errors of those before it. The best of
+    all steps is kept, where a step counts by its loss over that of the start on the same batch, so that an easy batch
+    is not taken for a good step.
     """
 
     paper: ClassVar[str] = "AutoRound (SignRound), Cheng et al. 2023, arXiv 2309.05516"
-    needs: ClassVar[tuple[str, ...]] = ("inputs", "targets")
+    needs: ClassVar[tuple[str, ...]] = ("inputs", "targets", "norms")
     block_copies: ClassVar[float] = 7
     keeps_activations: ClassVar[bool] = True
 
@@ -73,8 +75,16 @@ class AutoRound(Quantizer):
     batch_size: int = Field(default=8, gt=0)
     """Calibration samples a step, rounded to the chunks in which the blocks are run (2048 tokens or one sample)."""
 
+    grid: Literal["weighted", "minmax"] = "weighted"
+    """Where the ranges start. weighted: where rounding to nearest costs least on the calibration inputs
+    (`search_shares`); minmax: at each group's smallest and largest weight, as in the paper."""
+
     clip: bool = True
     """Train the ranges too, not only the rounding."""
+
+    amp: bool = True
+    """Run the blocks in bfloat16 while learning, as the authors do, where the processor multiplies it in hardware. What
+    is learned, and the loss, stay in float32."""
 
     seed: int = 0
     """Of the order of the samples."""
@@ -98,14 +108,16 @@ class AutoRound(Quantizer):
         layers = {name: layer for name, layer in turn.layers.items() if not isinstance(layer.weight, CompressedWeight)}
         if not layers:
             return Prepared()
-        rounding = {name: Rounding.start(layer.weight, self) for name, layer in layers.items()}
+        rounding = {
+            name: Rounding.start(layer.weight, self, turn.statistics[name].square_sum) for name, layer in layers.items()
+        }
         gain = self.train(turn, rounding)
-        note = (turn.name, f"error of the block's output: {gain:.3f} times that of rounding to nearest")
+        note = (turn.name, f"error of the block's output: {gain:.3f} times that of rounding to nearest at the start")
         return Prepared({name: found.weight() for name, found in rounding.items()}, (note,))
 
     def train(self, turn: BlockTurn, rounding: dict[str, Rounding]) -> float:
         """Leave the best values in rounding; returns their loss over that of rounding to nearest, all samples."""
-        block = _Block(turn)
+        block = _Block(turn, self.amp)
         inputs, wanted = turn.inputs, turn.targets
         with torch.no_grad():
             plain = block.losses(rounding, inputs, wanted)
@@ -146,7 +158,7 @@ class AutoRound(Quantizer):
 
 @dataclass
 class Rounding:
-    """What is learned of one layer. At the start it is rounding to nearest, bit for bit."""
+    """What is learned of one layer. At the start it is rounding to nearest on the given grid, bit for bit."""
 
     dense: Tensor
     """(out, in), as it is in the model."""
@@ -159,11 +171,15 @@ class Rounding:
     """beta, the same"""
 
     @classmethod
-    def start(cls, weight: Tensor, settings: AutoRound) -> Rounding:
+    def start(cls, weight: Tensor, settings: AutoRound, inputs: Tensor) -> Rounding:
+        """weight: (out, in). inputs: (in,), the sums of their squares."""
         rows, columns = weight.shape
-        ones = torch.ones(rows, affine.group_count(columns, settings.group_size), 1, device=weight.device)
+        shares = torch.ones(rows, affine.group_count(columns, settings.group_size), device=weight.device)
+        if settings.grid == "weighted":
+            dtype = dtype_from_name(settings.scale_dtype)
+            shares = search_shares(weight, inputs, settings.bits, settings.group_size, settings.symmetric, dtype)
         offset = torch.zeros(weight.shape, device=weight.device)
-        return cls(weight.detach(), settings, offset, ones, ones.clone())
+        return cls(weight.detach(), settings, offset, shares[..., None], shares[..., None].clone())
 
     def tuned(self, clip: bool) -> list[Tensor]:
         return [self.offset, self.high, self.low] if clip else [self.offset]
@@ -232,9 +248,10 @@ class _Straight(torch.autograd.Function):
 class _Block(nn.Module):
     """The block of a turn, run with other weights."""
 
-    def __init__(self, turn: BlockTurn):
+    def __init__(self, turn: BlockTurn, amp: bool = False):
         super().__init__()
         self.block = turn.block
+        self.amp = amp
         self.run = turn.run
         self.prefix = len(turn.name)
 
@@ -243,7 +260,9 @@ class _Block(nn.Module):
 
     def loss(self, rounding: dict[str, Rounding], states: Tensor, wanted: Tensor) -> Tensor:
         weights = {f"block{name[self.prefix :]}.weight": found.rounded() for name, found in rounding.items()}
-        output = functional_call(self, weights, (states,))
+        half = self.amp and product_dtype(torch.bfloat16, states.device) == torch.bfloat16
+        with torch.autocast(states.device.type, torch.bfloat16, enabled=half):
+            output = functional_call(self, weights, (states,))
         return nn.functional.mse_loss(output.float(), wanted.float())
 
     def losses(self, rounding: dict[str, Rounding], inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:

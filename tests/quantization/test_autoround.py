@@ -13,6 +13,8 @@ from compress_peft.models.layers import linear_layers
 from compress_peft.models.walk import BlockTurn, BlockWalk
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.quantization.autoround import Rounding, _Block
+from compress_peft.tensors import affine
+from compress_peft.tensors.grid_search import search_grid
 from compress_peft.weights import AffineWeight
 from tests.conftest import build_tiny_llama
 
@@ -20,7 +22,11 @@ CALIBRATION = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_
 
 
 def autoround(**settings: Any) -> Any:
-    return QUANTIZERS.create("autoround", **{"bits": 3, "group_size": 32} | settings)
+    return QUANTIZERS.create("autoround", **{"bits": 3, "group_size": 32, "grid": "minmax"} | settings)
+
+
+def start(weight: Tensor, quantizer: Any) -> Rounding:
+    return Rounding.start(weight, quantizer, torch.ones(weight.shape[1]))
 
 
 def quantized(quantizer: Any) -> tuple[nn.Module, Any]:
@@ -49,12 +55,33 @@ def test_no_steps_is_rounding_to_nearest(symmetric: bool, size: int | None) -> N
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [32, None])
+def test_ranges_start_where_rounding_costs_least(symmetric: bool, size: int | None) -> None:
+    """Without a step, the codes of rounding to nearest on the searched grid of the layer's own inputs."""
+    quantizer = autoround(iters=0, grid="weighted", group_size=size, symmetric=symmetric)
+    model = build_tiny_llama()
+    layers = dict(linear_layers(model))
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    first = next(iter(BlockWalk(model, CALIBRATION, layers, False, quantizer.needs)))
+    found, _ = quantized(quantizer)
+    narrower = 0
+    for name, layer in linear_layers(found):
+        if name not in first.layers:  # inputs of later blocks come from quantized ones
+            continue
+        inputs = first.statistics[name].square_sum
+        grid = search_grid(before[name], inputs, 3, size, symmetric, torch.float16)
+        assert torch.equal(layer.weight.unpacked(), affine.quantize_affine(before[name], *grid, 3, size)), name
+        narrower += int((grid[0] < affine.find_grid(before[name], 3, size, symmetric)[0]).sum())
+    assert narrower
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
 def test_gradients_pass_the_roundings(symmetric: bool) -> None:
     """Of the sum of G * rounded: scale * G by V where no code is clamped; by the range as derived by hand."""
     generator = torch.Generator().manual_seed(0)
     weight, upstream = (torch.randn(4, 32, generator=generator) for _ in range(2))
     settings = autoround(symmetric=symmetric, scale_dtype="float32")
-    found = Rounding.start(weight, settings)
+    found = start(weight, settings)
     tuned = [tensor.requires_grad_() for tensor in found.tuned(clip=True)]
     (found.rounded() * upstream).sum().backward()
     with torch.no_grad():
@@ -78,7 +105,7 @@ def test_gradients_are_those_of_the_block_with_the_rounded_weights() -> None:
     model = build_tiny_llama()
     turn = first_turn(model)
     quantizer = autoround(iters=1, lr=1e-3, clip=False)
-    rounding = {name: Rounding.start(layer.weight, quantizer) for name, layer in turn.layers.items()}
+    rounding = {name: start(layer.weight, quantizer) for name, layer in turn.layers.items()}
     with torch.no_grad():
         wanted = turn.run(turn.inputs[0])
     twin = build_tiny_llama()
@@ -122,7 +149,7 @@ def test_the_best_step_is_kept() -> None:
     turn = first_turn(build_tiny_llama())
     for lr, most in ((1.0, 1.0), (0.02, 0.8)):
         quantizer = autoround(iters=8, lr=lr)
-        rounding = {name: Rounding.start(layer.weight, quantizer) for name, layer in turn.layers.items()}
+        rounding = {name: start(layer.weight, quantizer) for name, layer in turn.layers.items()}
         assert quantizer.train(turn, rounding) <= most
         assert all(found.offset.abs().max() <= 0.5 and found.high.max() <= 1 for found in rounding.values())
 
@@ -140,7 +167,7 @@ def test_a_block_makes_up_for_those_before() -> None:
     distances = []
     for targets in (turn.targets, local):
         aimed = replace(turn, targets=targets)
-        rounding = {name: Rounding.start(layer.weight, quantizer) for name, layer in turn.layers.items()}
+        rounding = {name: start(layer.weight, quantizer) for name, layer in turn.layers.items()}
         quantizer.train(aimed, rounding)
         with torch.no_grad():
             distances.append(sum(_Block(turn).losses(rounding, turn.inputs, list(turn.targets))))

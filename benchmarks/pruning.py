@@ -75,9 +75,9 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 def full_table() -> list[str]:
-    """Every pruner at every sparsity; OWL from 60% on."""
+    """Every pruner at every sparsity; OWL from 60% on. LLM-Pruner by the mean gradient too, as in its authors' code."""
     rows = ["dense"]
-    for method in SHRINKERS:
+    for method in (*SHRINKERS, "llm_pruner order=first"):
         rows += [f"{method} sparsity={share}" for share in SHARES[:3]]
     for method in PRUNERS:
         rows += [f"{method} sparsity={share}" for share in SHARES]

@@ -134,10 +134,10 @@ def test_taylor_scores_equal_their_formulas() -> None:
     def score(dim: int, **settings: Any) -> list[float]:
         return SHRINKERS.create("llm_pruner", **settings).score(weight, gradient, fisher, dim).tolist()
 
-    assert score(1) == [3, 5]  # |1| + |-2|, |-3| + |2|
-    assert score(0) == [4, 4]
-    assert score(1, importance="vector") == [1, 1]  # |1 - 2|, |-3 + 2|
-    assert score(1, order="second") == [1, 8]  # 0.5 * 2 * 1, 0.5 * 1 * 16
+    assert score(1, order="first") == [3, 5]  # |1| + |-2|, |-3| + |2|
+    assert score(0, order="first") == [4, 4]
+    assert score(1, order="first", importance="vector") == [1, 1]  # |1 - 2|, |-3 + 2|
+    assert score(1) == [1, 8]  # 0.5 * 2 * 1, 0.5 * 1 * 16
     assert score(1, order="mixed") == [2, 9]  # |1 - 1| + |-2|, |-3| + |2 - 8|
     assert score(1, order="mixed", importance="vector") == [2, 9]
     scores = [torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0])]

@@ -156,15 +156,30 @@ class _Request:
     def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-        if tokens.shape[0] != self.batch:
+        if tokens.shape[0] == self.batch:
+            return
+        rows = len(self.adapters)
+        if tokens.shape[0] % rows:
+            what = f"{tokens.shape[0]} rows in the batch for {rows} in the request"
+            raise DataError(Problem("adapters", what, "repeat whole rows (beams)"))
+        if self.batch and not self.waiting and tokens.shape[0] % self.batch == 0:
+            self._repeat(tokens.shape[0] // self.batch)  # beams that go on from prompts which they share
+        else:
             self._prepare(tokens.shape[0])
+
+    def _repeat(self, times: int) -> None:
+        """The tensors of each row several times in succession."""
+        self.batch *= times
+        for scales in (self.scales, self.input_scales):
+            scales.update({name: scale.repeat_interleave(times, dim=0) for name, scale in scales.items()})
+        for name, (rows, *pair) in self.updates.items():
+            beside = torch.arange(times, device=rows.device)
+            a, b = (matrix.repeat_interleave(times, dim=0) for matrix in pair)
+            self.updates[name] = ((rows[:, None] * times + beside).flatten(), a, b)
 
     def _prepare(self, batch: int) -> None:
         """Gathers the tensors of all rows, once for a request."""
         rows = len(self.adapters)
-        if batch % rows:
-            what = f"{batch} rows in the batch for {rows} in the request"
-            raise DataError(Problem("adapters", what, "repeat whole rows (beams)"))
         self.batch = batch
         device = self.prompt_end.device
         tenants = [tenant for tenant in self.adapters for _ in range(batch // rows)]

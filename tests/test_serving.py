@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from compress_peft.adapters import ADAPTERS
 from compress_peft.errors import ConfigError, CorruptFile, DataError, MissingRequirement, ModelError
+from compress_peft.models.beams import share_prompts
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.serving import Tenants
 from tests.adapters.helpers import perturb
@@ -84,6 +85,19 @@ def test_each_row_says_what_its_tenant_says_alone(folders, kind, way):
         alone = say(model, tokens[row, real][None], mask[row, real][None], **WAYS[way])[0]
         assert torch.equal(together[row], alone), name
         assert torch.equal(together[row], plain[row]) == (name is None), name
+
+
+def test_beams_that_share_their_prompts(folders):
+    tokens, mask = batch()
+    want = say(served(backbone(), folders), tokens, mask, adapters=ROWS, num_beams=3)
+    sharing = backbone()
+    share_prompts(sharing)
+    rows = []
+    sharing.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert torch.equal(say(served(sharing, folders), tokens, mask, adapters=ROWS, num_beams=3), want)
+    assert rows == [8] + [24] * (NEW - 1)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -20,6 +20,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StoppingCriteria, St
 from transformers.modeling_outputs import BaseModelOutput
 
 from compress_peft.models.encoder_decoder import start_token
+from compress_peft.models.growing_cache import grow_in_place
 from compress_peft.models.layers import is_encoder_decoder
 from compress_peft.models.prompts import prompt_kwargs
 from compress_peft.weights.compressed import CompressedWeight
@@ -123,6 +124,8 @@ def decode(model: Any, prompt: Tensor, new_tokens: int) -> Run:
     prompt_end = torch.full((prompt.shape[0],), prompt.shape[1] - 1, device=prompt.device)
     with torch.inference_mode():
         caches = [DynamicCache(config=model.config)]
+        if prompt.is_cpu:  # as `generate` of a model that was loaded
+            grow_in_place(caches[0])
         inputs: dict[str, Any] = {"use_cache": True}
         start = _now(prompt.device)
         if is_encoder_decoder(model):

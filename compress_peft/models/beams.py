@@ -1,7 +1,8 @@
-"""Beams, and further sequences of one prompt, share it: it is processed once instead of once for each of them.
+"""What `generate` does with prompts. Beams, and further sequences of one prompt, share it: it is processed once.
 
 transformers repeats every prompt before it processes it, so that three beams cost three prompts. Here the prompts go
 through the model as they are, and what comes out, their keys and values and the logits of the next token, is repeated.
+On a CPU the keys and values then grow in place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from compress_peft.models.growing_cache import grow_in_place
 from compress_peft.models.layers import is_encoder_decoder
 
 METHOD = "_prefill"
@@ -33,6 +35,9 @@ def prefill(
     """In place of the model's own step. input_ids: (rows * repeats, length), each row in succession; so are the tensors
     of model_kwargs."""
     plain = getattr(type(self), METHOD)
+    cache: Any = model_kwargs.get("past_key_values")
+    if type(cache) is DynamicCache and input_ids.is_cpu and not (cache.offloading or cache.get_seq_length()):
+        grow_in_place(cache)
     repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     if not _can_share(input_ids, repeats, generation_config, model_kwargs):
         return plain(self, input_ids, generation_config, model_kwargs, *args, **kwargs)

@@ -63,7 +63,7 @@ def problems(arguments: argparse.Namespace, tokenizer: Any) -> TaskData:
 
 def measure(arguments: argparse.Namespace, way: str, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    model, tokenizer = load(resolve_source(arguments.model).folder, device=arguments.device, dtype=torch.float32)
+    model, tokenizer = load(resolve_source(arguments.model).folder, device=arguments.device, dtype=arguments.dtype)
     data = problems(arguments, tokenizer)
     row: dict[str, Any] = {"way": way, "seed": seed}
     if way != "untrained":
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
     parser.add_argument("--json", type=Path, help="keep the rows in this file, and go on from it")
     arguments = parser.parse_args()
     setting = {key: value for key, value in vars(arguments).items() if key not in ("json", "seeds")}

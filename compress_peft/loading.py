@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 import compress_peft.adapters  # registers the tuners
 import compress_peft.models.hf_quantizer  # noqa: F401  registers the quantizer
 from compress_peft.errors import MissingRequirement, ModelError, Problem
-from compress_peft.models.beams import share_prompts
 from compress_peft.models.bundle import attach_saved, backbone_folder, is_bundle, load_adapter
 from compress_peft.models.encoder_decoder import auto_class
+from compress_peft.models.faster_generate import faster_generate
 from compress_peft.models.foreign import load_foreign
 from compress_peft.models.sources import missing_source
 from compress_peft.models.verify import MANIFEST, verify_folder
@@ -82,7 +82,7 @@ def load(
         model = auto_class(config).from_pretrained(
             backbone, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    share_prompts(model)
+    faster_generate(model)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if is_bundle(folder):
         model = load_adapter(model, folder)

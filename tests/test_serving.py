@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from compress_peft.adapters import ADAPTERS
 from compress_peft.errors import ConfigError, CorruptFile, DataError, MissingRequirement, ModelError
-from compress_peft.models.beams import share_prompts
+from compress_peft.models.faster_generate import faster_generate
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.serving import Tenants
 from tests.adapters.helpers import perturb
@@ -91,7 +91,7 @@ def test_beams_that_share_their_prompts(folders):
     tokens, mask = batch()
     want = say(served(backbone(), folders), tokens, mask, adapters=ROWS, num_beams=3)
     sharing = backbone()
-    share_prompts(sharing)
+    faster_generate(sharing)
     rows = []
     sharing.model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True

@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress_peft.errors import CorruptFile, MissingRequirement, Problem
-from compress_peft.models.beams import share_prompts
+from compress_peft.models.faster_generate import faster_generate
 from compress_peft.weights import CompressedWeight
 from compress_peft.weights.compressed import dtype_name, stored_bits
 from compress_peft.weights.dense import use_kernels
@@ -115,7 +115,7 @@ class CompressedQuantizer(HfQuantizer):
             what, fix = "compressed according to config.json, but not in the files", "get the folder again"
             raise CorruptFile([Problem(name, what, fix) for name in dense])
         use_kernels(model)
-        share_prompts(model)
+        faster_generate(model)
         # The flag makes `.float()` and `.half()` raise; here they only change the logical dtype.
         model.is_quantized = False
         # Saving splits the weights itself (`get_state_dict_and_metadata`), so there is nothing to revert.

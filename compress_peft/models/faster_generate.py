@@ -22,9 +22,10 @@ METHOD = "_prefill"
 """The step of transformers' generate that processes the prompts."""
 
 
-def share_prompts(model: nn.Module) -> None:
-    """Lets `generate` of a language model of transformers process each prompt once. The results are the same up to
-    rounding. Does nothing where there is no such step, or somebody has replaced it."""
+def faster_generate(model: nn.Module) -> None:
+    """Lets `generate` of a language model of transformers process each prompt once, and on a CPU add tokens without a
+    copy of those before. The results are the same up to rounding. Does nothing where there is no such step, or somebody
+    has replaced it."""
     if hasattr(model, METHOD) and METHOD not in vars(model) and not is_encoder_decoder(model):
         setattr(model, METHOD, types.MethodType(prefill, model))  # a method, since copies of the model bind it anew
 

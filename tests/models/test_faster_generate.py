@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from compress_peft.adapters import ADAPTERS
 from compress_peft.loading import load
-from compress_peft.models.beams import share_prompts
+from compress_peft.models.faster_generate import faster_generate
 from compress_peft.models.random_model import byte_tokenizer
 from tests.adapters.helpers import padded, perturb, prompts
 from tests.conftest import build_tiny_llama
@@ -66,7 +66,7 @@ def test_the_same_texts(way, method, passes):
     plain = say(model, tokens, mask, **WAYS[way])
     first = found[0]
     found.clear()
-    share_prompts(model.get_base_model() if method != "none" else model)
+    faster_generate(model.get_base_model() if method != "none" else model)
     assert torch.equal(say(model, tokens, mask, **WAYS[way]), plain)
     repeats = max(WAYS[way].get("num_beams", 1), WAYS[way].get("num_return_sequences", 1))
     assert first[0] == 3 * repeats and found[0] == (3, first[1])
@@ -85,7 +85,7 @@ def test_what_cannot_be_repeated_stays(settings, passes):
     options = {"num_beams": 3, "do_sample": False, "return_dict_in_generate": True, **settings}
     plain = say(model, tokens, mask, **options).sequences
     found.clear()
-    share_prompts(model)
+    faster_generate(model)
     assert torch.equal(say(model, tokens, mask, **options).sequences, plain)
     assert found[0][0] == 9
 
@@ -94,7 +94,7 @@ def test_a_cache_that_is_filled_goes_on(passes):
     model = build_tiny_llama()
     tokens, mask = prompts(), torch.ones(3, 9, dtype=torch.long)
     plain = say(model, tokens, mask, num_beams=3, do_sample=False)
-    share_prompts(model)
+    faster_generate(model)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=tokens[:, :5], past_key_values=cache)

@@ -2,9 +2,14 @@
 budget. Which part of the perplexity that compression lost comes back?
 
     python -m benchmarks.distillation --model FOLDER --output runs/distillation
+    python -m benchmarks.distillation --model FOLDER --output runs/tuned --tune 80 --steps 30 --dtype bfloat16
     python -m benchmarks.distillation --model FOLDER --output runs/d --student "prune method=magnitude sparsity=0.3" \\
         --student "prune method=flap sparsity=0.2" --teacher-loss forward_kl \\
         --teacher-loss "forward_kl + hard_labels weight=0.5" --seeds 0 1 2
+
+--tune: the original is fine-tuned on the training documents first (a LoRA, merged), as is a model that one wants to
+compress for a task of its own. Without it labels also teach the source of the text, of which the teacher knows
+nothing.
 
 Every run is a recipe with a folder of its own under --output, kept and resumed: start the command again after a kill.
 The rows stand in OUTPUT/table.json after every run, the table in OUTPUT/table.md. Text: BBC articles (package
@@ -41,6 +46,9 @@ from pipelines.run import main as run
 LABELS = "hard_labels"
 """Without a teacher."""
 
+TUNED_SEED = 100
+"""None of the students'."""
+
 
 def parse(words: str, first: str) -> dict[str, Any]:
     """ "prune method=wanda sparsity=0.5" -> {"step": "prune", "method": "wanda", "sparsity": 0.5}."""
@@ -58,7 +66,7 @@ def parse(words: str, first: str) -> dict[str, Any]:
     return settings
 
 
-def recipe(arguments: argparse.Namespace, student: str, loss: str, seed: int) -> dict[str, Any]:
+def common(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "device": arguments.device,
@@ -70,36 +78,46 @@ def recipe(arguments: argparse.Namespace, student: str, loss: str, seed: int) ->
             "truncate": {"text": 80},
             "splits": {"train": arguments.documents, "validation": arguments.validation, "test": 200},
         },
-        "steps": [
-            parse(student, "step"),
-            {
-                "step": "distill",
-                "teacher": "original",
-                "adapter": {"method": "lora", "r": arguments.rank},
-                "loss": [parse(term, "method") for term in loss.split("+")],
-                "data": "text",
-                "block_size": arguments.block_size,
-                "top_k": arguments.top_k,
-                "cache": str(arguments.output / "teacher"),
-                "training": {
-                    "max_steps": arguments.steps,
-                    "batch_size": arguments.batch_size,
-                    "learning_rate": arguments.learning_rate,
-                    "eval_steps": max(arguments.steps // 4, 1),
-                    "patience": None,
-                },
-            },
-        ],
         "evaluate": {"task": None, "perplexity": {"blocks": arguments.blocks}, "profile": None},
     }
 
 
-def one(arguments: argparse.Namespace, student: str, loss: str, seed: int) -> dict[str, Any]:
-    """Perplexity of original, student and trained student, on both texts."""
-    name = "-".join("".join(c if c.isalnum() else "-" for c in part) for part in (student, loss, f"seed{seed}"))
-    folder = arguments.output / name
-    wanted = recipe(arguments, student, loss, seed)
-    path = arguments.output / f"{name}.yaml"
+def training(arguments: argparse.Namespace, loss: str, steps: int) -> dict[str, Any]:
+    """The step that trains a LoRA on the documents."""
+    return {
+        "step": "distill",
+        "teacher": "original",
+        "adapter": {"method": "lora", "r": arguments.rank},
+        "loss": [parse(term, "method") for term in loss.split("+")],
+        "data": "text",
+        "block_size": arguments.block_size,
+        "top_k": arguments.top_k,
+        "training": {
+            "max_steps": steps,
+            "batch_size": arguments.batch_size,
+            "learning_rate": arguments.learning_rate,
+            "eval_steps": max(steps // 4, 1),
+            "patience": None,
+        },
+    }
+
+
+def recipe(arguments: argparse.Namespace, student: str, loss: str, seed: int) -> dict[str, Any]:
+    step = training(arguments, loss, arguments.steps) | {"cache": str(arguments.output / "teacher")}
+    return common(arguments, seed) | {"steps": [parse(student, "step"), step]}
+
+
+def tuned(arguments: argparse.Namespace) -> str:
+    """The folder of the model with a LoRA trained on the documents and merged, made once."""
+    folder = arguments.output / "tuned"
+    steps = [training(arguments, LABELS, arguments.tune), {"step": "merge", "policy": "dense"}]
+    run_once(common(arguments, TUNED_SEED) | {"steps": steps}, folder)
+    return str(folder / "steps" / "02-merge" / "model")
+
+
+def run_once(wanted: dict[str, Any], folder: Path) -> None:
+    """The recipe into the folder, beside which it stays; nothing if that is done."""
+    path = folder.with_suffix(".yaml")
     if path.exists() and yaml.safe_load(path.read_text()) != wanted:
         sys.exit(f"{path} was run with other settings: give another --output")
     if not (folder / "report.json").exists():
@@ -107,6 +125,13 @@ def one(arguments: argparse.Namespace, student: str, loss: str, seed: int) -> di
         code = run([str(path), "--output", str(folder), "--resume"])
         if code:
             sys.exit(code)
+
+
+def one(arguments: argparse.Namespace, student: str, loss: str, seed: int) -> dict[str, Any]:
+    """Perplexity of original, student and trained student, on both texts."""
+    name = "-".join("".join(c if c.isalnum() else "-" for c in part) for part in (student, loss, f"seed{seed}"))
+    folder = arguments.output / name
+    run_once(recipe(arguments, student, loss, seed), folder)
     report = json.loads((folder / "report.json").read_text())
     test = [stage["perplexity"]["value"] for stage in report["stages"]]
     return {
@@ -176,6 +201,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the models")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="of the original, on the same documents")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -187,6 +213,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.tune:
+        arguments.model = tuned(arguments)
     students = arguments.student or ["prune method=magnitude sparsity=0.3"]
     losses = (LABELS, *(arguments.teacher_loss or ["forward_kl"]))
     rows: list[dict[str, Any]] = []

@@ -3,6 +3,7 @@ seconds of pruning, peak memory; and again after a LoRA has trained for --recove
 
     python -m benchmarks.pruning --model FOLDER dense wanda "sparsegpt pattern=2:4" "flap sparsity=0.2"
     python -m benchmarks.pruning --model FOLDER --all --recover 60 --json table.json
+    python -m benchmarks.pruning --model FOLDER --all --recover 16 --dtype bfloat16 --jobs 2 --threads 1 --json t.json
     python -m benchmarks.pruning --model FOLDER --times flap minitron slicegpt shortgpt "llm_pruner sparsity=0.3"
     python -m benchmarks.pruning --model FOLDER --peer-python PYTHON --examples 0 "sparsegpt sparsity=0.5" \\
         "llm-compressor.sparsegpt sparsity=0.5" "wanda sparsity=0.5" "llm-compressor.wanda sparsity=0.5"
@@ -37,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +286,8 @@ def main() -> None:
     parser.add_argument("--gsm8k-blocks", type=int, default=8, help="of 512 tokens, of GSM8K; 0: leave it out")
     parser.add_argument("--examples", type=int, default=100, help="of each task; 0: perplexity alone")
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS", help="of a LoRA, 4 x 256 tokens each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each method")
+    parser.add_argument("--jobs", type=int, default=1, help="methods at once; more than one where no times are wanted")
     parser.add_argument("--seed", type=int, default=0, help="of calibration and LoRA")
     parser.add_argument("--json", type=Path, help="keep the rows in this file, and go on from it")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has llm-compressor")
@@ -302,19 +305,30 @@ def main() -> None:
     head += f"{arguments.examples} examples a task; LoRA: {arguments.recover} steps of 4 x 256; seed {arguments.seed}; "
     head += f"{arguments.dtype}\n\n{HEADER}"
     print(head)
-    for method in full_table() if arguments.all else arguments.methods:
-        row = next((row for row in rows if row["method"] == method), None)
-        if row is None:
-            row = in_a_process(arguments, method)
-            if row is None:
-                print(f"| {method} | failed: see above |" + " |" * (len(COLUMNS) - 2))
-                continue
-            rows.append(row)
-            if arguments.json:
-                write(arguments.json, json.dumps({"setting": setting, "rows": rows}, indent=1))
-                write(arguments.json.with_suffix(".md"), "\n".join([head, *(line_of(r, rows) for r in rows)]) + "\n")
-        print(line_of(row, rows), flush=True)
+    done = {row["method"]: row for row in rows}
+    wanted = full_table() if arguments.all else arguments.methods
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        waiting = {method: pool.submit(in_a_process, arguments, method) for method in wanted if method not in done}
+        try:
+            for method in wanted:
+                row = done.get(method) or waiting[method].result()
+                if row is None:
+                    print(f"| {method} | failed: see above |" + " |" * (len(COLUMNS) - 2))
+                    continue
+                if method not in done:
+                    rows.append(row)
+                    keep(arguments.json, setting, head, rows)
+                print(line_of(row, rows), flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print(f"\n{ratios(rows)}".rstrip())
+
+
+def keep(path: Path | None, setting: dict[str, Any], head: str, rows: list[dict[str, Any]]) -> None:
+    if path is not None:
+        write(path, json.dumps({"setting": setting, "rows": rows}, indent=1))
+        write(path.with_suffix(".md"), "\n".join([head, *(line_of(row, rows) for row in rows)]) + "\n")
 
 
 def in_a_process(arguments: argparse.Namespace, method: str) -> dict[str, Any] | None:

@@ -82,12 +82,12 @@ def load(
         model = auto_class(config).from_pretrained(
             backbone, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
+    # Before an adapter comes: its own layers stay as they are in training, so that what is loaded gives the same bits.
+    use_kernels(model)
     faster_generate(model)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if is_bundle(folder):
         model = load_adapter(model, folder)
     elif adapter is not None:
         model = attach_saved(model, adapter)
-    model = model.to(device).eval()
-    use_kernels(model)
-    return model, tokenizer
+    return model.to(device).eval(), tokenizer

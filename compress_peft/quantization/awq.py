@@ -90,7 +90,7 @@ class AWQ(Quantizer):
         size = int(grouping.index.max()) + 1
         power = torch.zeros(size, device=hessian.device).index_add_(0, grouping.index, stats.square_sum)
         live = power > 0
-        best, least = torch.ones(size), float("inf")
+        best, least = torch.ones(size, device=hessian.device), float("inf")
         if not live.any():
             return best
         magnitude = (power / stats.tokens).sqrt()

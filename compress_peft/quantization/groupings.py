@@ -41,7 +41,7 @@ class Grouping:
     targets: dict[str, nn.Linear]
     """By full name: all layers with this input, also those that are not to be quantized."""
     index: Tensor
-    """int64 (in,): the source's output channel behind each input channel."""
+    """int64 (in,), on the device of the weights: the source's output channel behind each input channel."""
     offset: float = 0.0
     """What a norm adds to its weight: 1 in Gemma's."""
 
@@ -50,10 +50,10 @@ class Grouping:
 
         Every changed parameter becomes a new one, so that whoever holds the old one keeps it as it is.
         """
-        exact = scales.double()
         rows = isinstance(self.module, nn.Linear)
         weight = self.module.weight
         assert isinstance(weight, Tensor)
+        exact = scales.to(weight.device, torch.float64)
         _replace(self.module, "weight", (weight.double() + self.offset) / (exact[:, None] if rows else exact), self)
         if isinstance(bias := getattr(self.module, "bias", None), Tensor):
             _replace(self.module, "bias", bias.double() / exact)
@@ -159,7 +159,8 @@ def _per_channel(module: nn.Module, targets: dict[str, nn.Linear]) -> bool:
 
 def _from_norm(norms: list[tuple[str, nn.Module]], targets: dict[str, nn.Linear]) -> Iterator[Grouping]:
     for name, module in norms:
-        index = torch.arange(next(iter(targets.values())).in_features)
+        layer = next(iter(targets.values()))
+        index = torch.arange(layer.in_features, device=layer.weight.device)
         for offset in (0.0, 1.0):
             yield Grouping(name, module, targets, index, offset)
 
@@ -182,10 +183,10 @@ def _channels(source: nn.Linear, target: nn.Linear, run: Run) -> Tensor | None:
     before = _input_of(target, run)
     power = before.square().sum(0)
     live = power > 0
-    index = torch.zeros(inputs, dtype=torch.int64)
+    index = torch.zeros(inputs, dtype=torch.int64, device=before.device)
     unit = 1
     while unit < outputs:
-        digits = torch.arange(outputs) // unit % BASE
+        digits = torch.arange(outputs, device=before.device) // unit % BASE
         with _scaled_rows(source, 2.0 ** (digits - BASE // 2).double()):
             after = _input_of(target, run)
         ratio = (before * after).sum(0) / power
@@ -197,7 +198,7 @@ def _channels(source: nn.Linear, target: nn.Linear, run: Run) -> Tensor | None:
         index += torch.where(live, digit, 0.0).round().long() * unit
         unit *= BASE
     if not live.all():
-        own = torch.arange(inputs)
+        own = torch.arange(inputs, device=index.device)
         if outputs != inputs or not torch.equal(index[live], own[live]):
             return None
         index = own

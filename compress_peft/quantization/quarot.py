@@ -44,7 +44,7 @@ def rotate_model(model: Any, seed: int = 0) -> list[str]:
         layers = linears_by_name(block)
         value, out = layers["v_proj"], layers["o_proj"]
         size = out.in_features // model.config.num_attention_heads
-        within, _ = rotation(size, generator)
+        within = rotation(size, generator)[0].to(out.weight.device)
         rotate_outputs(value, torch.block_diag(*[within] * (value.out_features // size)))
         out.weight.copy_((out.weight.double().view(hidden, -1, size) @ within).flatten(1))
     return notes

@@ -40,7 +40,10 @@ class Fastest:
     """Of several ways to compute the same the fastest, by timing them at the first call of each key."""
 
     REPEATS = 5
-    """timed calls, of which the fastest counts, after one untimed call that may compile"""
+    """timings, of which the fastest counts, after one untimed call that may compile"""
+
+    CALLS = 8
+    """in a timing, one after the other without waiting, as in a model: the device's work and Python's overlap"""
 
     def __init__(self) -> None:
         self.chosen: dict[Hashable, str] = {}
@@ -59,7 +62,8 @@ class Fastest:
         for repeat in range(1 + self.REPEATS):
             synchronize()
             start = time.perf_counter()
-            run()
+            for _ in range(self.CALLS if repeat else 1):
+                run()
             synchronize()
             if repeat:
                 best = min(best, time.perf_counter() - start)
@@ -102,8 +106,43 @@ class FewRows:
         return out
 
 
-def few_rows(parts: Parts, compute_dtype: torch.dtype | None) -> FewRows | Literal[False]:
-    """Nothing where the C kernel does not run this weight, or another dtype of the product is asked for."""
+class FewRowsOnCuda:
+    """The same for activations on CUDA, by the fastest of Triton's products and of dequantizing with a dense one."""
+
+    def __init__(self, parts: AffineParts, module: ModuleType):
+        self.columns = parts.shape[1]
+        self.most = module.MOST_ROWS * self.columns
+        self.dtypes = module.DTYPES
+        self.device = parts.codes.device
+        self.weight = (parts.shape, parts.bits, parts.scales.shape[1], self.device)
+        self.products: dict[str, Callable[[Tensor, int], Tensor]] = module.products(parts)
+        self.undecided = next(iter(self.products))
+        self.products["dense"] = lambda x, count: functional.linear(x, module.dequantize(parts, x.dtype))
+        self.chosen: dict[Hashable, Callable[[Tensor, int], Tensor]] = {}
+
+    def takes(self, x: Tensor) -> bool:
+        return x.is_cuda and 0 < x.numel() <= self.most and x.dtype in self.dtypes and x.is_contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        count = x.numel() // self.columns
+        run = self.chosen.get((count, x.dtype))
+        return self._choose(x, count) if run is None else run(x, count)
+
+    def _choose(self, x: Tensor, count: int) -> Tensor:
+        key = (self.weight, 1 << (count - 1).bit_length(), x.dtype)  # 1, 2, 4, 8 or 16 rows
+        if key not in _fastest.chosen and torch.cuda.is_current_stream_capturing():
+            return self.products[self.undecided](x, count)  # nothing can be timed while a CUDA graph is recorded
+        candidates = {name: functools.partial(run, x, count) for name, run in self.products.items()}
+        out = _fastest(key, candidates, functools.partial(torch.cuda.synchronize, self.device))
+        self.chosen[count, x.dtype] = self.products[_fastest.chosen[key]]
+        return out
+
+
+def few_rows(parts: Parts, compute_dtype: torch.dtype | None) -> FewRows | FewRowsOnCuda | Literal[False]:
+    """Nothing where no such kernel runs this weight, or another dtype of the product is asked for."""
+    if parts.codes.is_cuda and isinstance(parts, AffineParts) and compute_dtype is None:
+        module, _ = cuda.triton_affine(parts.codes.device)
+        return FewRowsOnCuda(parts, module) if module is not None else False
     ready = parts.codes.is_cpu and parts.by_rows and native.available() and compute_dtype in (None, torch.float32)
     return FewRows(parts) if ready else False
 
@@ -116,28 +155,12 @@ def linear(x: Tensor, parts: Parts, compute_dtype: torch.dtype | None = None) ->
     dtype = compute_dtype or product_dtype(x.dtype, x.device)
     if x.device.type == "cuda" and isinstance(parts, NF4Parts):
         return cuda.linear(x.to(dtype), parts).to(x.dtype)
-    if x.device.type == "cuda" and isinstance(parts, AffineParts):
-        module, _ = cuda.triton_affine(x.device)
-        if module is not None and dtype in module.DTYPES and 0 < len(x) <= module.MOST_ROWS:
-            return _few_rows_on_cuda(x.to(dtype), parts, module).to(x.dtype)
     if x.device.type == "cpu" and parts.by_rows and native.available():
         if len(x) <= FEW_ROWS and compute_dtype in (None, torch.float32):
             return native.matmul(x.float().contiguous(), parts).to(x.dtype)
         if dtype in (torch.float32, torch.bfloat16):
             return _linear_by_parts(x.to(dtype), parts).to(x.dtype)
     return functional.linear(x.to(dtype), dequantize(parts, dtype)).to(x.dtype)
-
-
-def _few_rows_on_cuda(x: Tensor, parts: AffineParts, module: ModuleType) -> Tensor:
-    candidates: dict[str, Callable[[], Tensor]] = {
-        f"fused {tile}": functools.partial(module.linear, x, parts, tile) for tile in module.TILES
-    }
-    bucket = 1 << (len(x) - 1).bit_length()  # 1, 2, 4, 8 or 16 rows
-    key = (bucket, parts.shape, parts.bits, parts.group_size, x.dtype, x.device)
-    if key not in _fastest.chosen and torch.cuda.is_current_stream_capturing():
-        return module.linear(x, parts)  # nothing can be timed while a CUDA graph is recorded
-    candidates["dense"] = lambda: functional.linear(x, module.dequantize(parts, x.dtype))
-    return _fastest(key, candidates, functools.partial(torch.cuda.synchronize, x.device))
 
 
 def linear_backward(grad: Tensor, parts: Parts, compute_dtype: torch.dtype | None = None) -> Tensor:

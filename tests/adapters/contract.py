@@ -181,7 +181,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, labels=tokens).loss
     labels = tokens.clone()
     labels[:, :3] = -100
-    end = torch.full((tokens.shape[0],), 2)
+    end = torch.full((tokens.shape[0],), 2, device=tokens.device)
     return model(input_ids=tokens, labels=labels, **prompt_kwargs(model, end)).loss
 
 
@@ -311,7 +311,7 @@ def padding(adapter: Adapter, kind: str) -> None:
     model = attached(adapter, kind)
     tokens, mask = padded("left")
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    end = torch.full((len(tokens),), tokens.shape[1] - 1)
+    end = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
     if is_encoder_decoder(model):
         return _padded_source(model, tokens, mask)
     with torch.no_grad():
@@ -320,14 +320,14 @@ def padding(adapter: Adapter, kind: str) -> None:
         ).logits
         for row in range(len(tokens)):
             alone_ids = tokens[row : row + 1, mask[row].bool()]
-            last = torch.tensor([alone_ids.shape[1] - 1])
+            last = torch.tensor([alone_ids.shape[1] - 1], device=tokens.device)
             alone = model(input_ids=alone_ids, **prompt_kwargs(model, last)).logits
             torch.testing.assert_close(together[row, -alone_ids.shape[1] :], alone[0], rtol=1e-3, atol=1e-3)
 
 
 def _padded_source(model: Any, tokens: Tensor, mask: Tensor) -> None:
     """`padding` of an encoder-decoder: only the encoder's text is padded."""
-    spoken = torch.arange(3, 8)[None]
+    spoken = torch.arange(3, 8, device=tokens.device)[None]
     with torch.no_grad():
         target = {"decoder_input_ids": spoken.expand(len(tokens), -1)}
         together = model(input_ids=tokens, attention_mask=mask, **target).logits

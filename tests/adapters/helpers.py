@@ -17,7 +17,7 @@ def perturb(model: nn.Module, seed: int = 1, size: float = 0.5) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+            parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def adapted(model: nn.Module, seed: int = 1, **settings: object) -> PeftModel:

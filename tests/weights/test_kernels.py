@@ -142,11 +142,12 @@ def test_the_fastest_way_is_found_once_a_key():
         candidates = {"slow": candidate("slow", 3.0, 3.0), "compiled": candidate("compiled", 99.0, 1.0)}
         assert fastest("a", candidates, lambda: waits.append(clock[0])) == 1
         assert fastest.chosen == {"a": "compiled"}
-        each = 1 + fastest.REPEATS
-        assert calls == ["slow"] * each + ["compiled"] * (each + 1) and len(waits) == 4 * each
+        each = 1 + fastest.REPEATS * fastest.CALLS
+        waited = 2 * 2 * (1 + fastest.REPEATS)
+        assert calls == ["slow"] * each + ["compiled"] * (each + 1) and len(waits) == waited
         calls.clear()
         assert fastest("a", candidates, lambda: waits.append(0)) == 1
-        assert calls == ["compiled"] and len(waits) == 4 * each
+        assert calls == ["compiled"] and len(waits) == waited
         other = {"slow": candidate("slow", 1.0, 1.0), "compiled": candidate("compiled", 2.0, 2.0)}
         assert fastest("b", other, lambda: None) == 1 and fastest.chosen["b"] == "slow"
 

@@ -45,6 +45,8 @@ def _library() -> ctypes.CDLL | None:
     library.affine_dequantize.restype = None
     library.affine_matmul.argtypes = [*affine, pointer, pointer, size, size, size, integer, integer]
     library.dense_matmul.argtypes = [pointer] * 4 + [size] * 3 + [integer, integer]
+    library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size]
+    library.rms_norm.restype = None
     return library
 
 
@@ -189,3 +191,11 @@ def dense_matmul(weight: Tensor, bias: Tensor | None, x: Tensor, out: Tensor) ->
         torch.get_num_threads(),
     )
     assert not failed
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """weight (size,) * x (..., size) / sqrt(mean(x^2) + eps) into out, all float32 and contiguous; `has_dense()`."""
+    library = _library()
+    assert library is not None
+    size = weight.numel()
+    library.rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.numel() // max(size, 1), size)

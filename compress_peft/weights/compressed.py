@@ -96,7 +96,7 @@ class CompressedWeight(Tensor):
     spec_text: str
     """`spec()` as JSON: text that an operator of a compiled model can take."""
 
-    product: kernels.FewRows | kernels.FewRowsOnCuda | Literal[False] | None = None
+    product: kernels.Product | Literal[False] | None = None
     """The product with few rows of activations, made ready at its first use; False where there is no such kernel."""
 
     compute_dtype: str = "auto"

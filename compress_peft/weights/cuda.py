@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -50,9 +51,16 @@ def dequantize(parts: NF4Parts, dtype: torch.dtype) -> Tensor:
     return _module("bitsandbytes.functional").dequantize_4bit(parts.codes, quant_state(parts, dtype))
 
 
+def prepare(parts: NF4Parts, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A function of x (..., in) in this dtype -> (..., out): a fused product for one row, dequantizing and a dense one
+    for more."""
+    codes, state, product = parts.codes.t(), quant_state(parts, dtype), _module("bitsandbytes").matmul_4bit
+    return lambda x: product(x, codes, quant_state=state)
+
+
 def linear(x: Tensor, parts: NF4Parts) -> Tensor:
-    """(rows, in) -> (rows, out), in x's dtype: a fused product for few rows, dequantizing and a dense one for more."""
-    return _module("bitsandbytes").matmul_4bit(x, parts.codes.t(), quant_state=quant_state(parts, x.dtype))
+    """(rows, in) -> (rows, out), in x's dtype."""
+    return prepare(parts, x.dtype)(x)
 
 
 @functools.cache

@@ -33,6 +33,8 @@ FEW_ROWS = 16
 SCRATCH = 1 << 22
 """Weights dequantized at a time for a dense product; the buffer is kept per thread (16 MB in float32)."""
 
+DTYPES_OF_BITSANDBYTES = (torch.float16, torch.bfloat16, torch.float32)
+
 _local = threading.local()
 
 
@@ -114,8 +116,8 @@ class FewRowsOnCuda:
         self.most = module.MOST_ROWS * self.columns
         self.dtypes = module.DTYPES
         self.device = parts.codes.device
-        self.weight = (parts.shape, parts.bits, parts.scales.shape[1], self.device)
         self.products: dict[str, Callable[[Tensor, int], Tensor]] = module.products(parts)
+        self.weight = (parts.shape, parts.bits, parts.scales.shape[1], len(self.products), self.device)
         self.undecided = next(iter(self.products))
         self.products["dense"] = lambda x, count: functional.linear(x, module.dequantize(parts, x.dtype))
         self.chosen: dict[Hashable, Callable[[Tensor, int], Tensor]] = {}
@@ -138,8 +140,31 @@ class FewRowsOnCuda:
         return out
 
 
-def few_rows(parts: Parts, compute_dtype: torch.dtype | None) -> FewRows | FewRowsOnCuda | Literal[False]:
+class TableOnCuda:
+    """The same for NF4 and FP4 by bitsandbytes, which takes any number of rows."""
+
+    def __init__(self, parts: NF4Parts):
+        self.parts = parts
+        self.columns = parts.shape[1]
+        self.ready: dict[torch.dtype, Callable[[Tensor], Tensor]] = {}
+
+    def takes(self, x: Tensor) -> bool:
+        return x.is_cuda and x.numel() > 0 and x.dtype in DTYPES_OF_BITSANDBYTES and x.is_contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        run = self.ready.get(x.dtype)
+        if run is None:
+            run = self.ready[x.dtype] = cuda.prepare(self.parts, x.dtype)
+        return run(x)
+
+
+Product = FewRows | FewRowsOnCuda | TableOnCuda
+
+
+def few_rows(parts: Parts, compute_dtype: torch.dtype | None) -> Product | Literal[False]:
     """Nothing where no such kernel runs this weight, or another dtype of the product is asked for."""
+    if parts.codes.is_cuda and isinstance(parts, NF4Parts) and compute_dtype is None:
+        return TableOnCuda(parts)
     if parts.codes.is_cuda and isinstance(parts, AffineParts) and compute_dtype is None:
         module, _ = cuda.triton_affine(parts.codes.device)
         return FewRowsOnCuda(parts, module) if module is not None else False

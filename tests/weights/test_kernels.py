@@ -114,6 +114,12 @@ def test_bitsandbytes_runs_on_our_bytes(double_quant):
     assert torch.equal(cuda.dequantize(weight.parts, torch.float32), reference(weight))
     x = torch.randn(5, 128)
     assert torch.allclose(cuda.linear(x, weight.parts), x @ reference(weight).t(), atol=1e-4)
+    product = kernels.TableOnCuda(weight.parts)
+    assert not product.takes(x)  # it lies on the CPU
+    for rows in (x, x[:1], x.view(5, 1, 128)):
+        for _ in range(2):
+            assert torch.allclose(product(rows), rows @ reference(weight).t(), atol=1e-4)
+    assert list(product.ready) == [torch.float32]
 
 
 def test_missing_bitsandbytes_says_what_to_install(monkeypatch):

@@ -14,6 +14,7 @@ from compress_peft.quantization import QUANTIZERS
 from compress_peft.quantization.apply import quantize_model
 from compress_peft.quantization.head import quantize_head
 from compress_peft.weights import CompressedWeight
+from compress_peft.weights.dense import use_kernels
 from eval.storage import measure_storage
 from tests.conftest import build_tiny_llama
 
@@ -48,6 +49,7 @@ def test_a_tied_weight_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert isinstance(loaded.lm_head.weight, CompressedWeight)
+    use_kernels(model)  # as a loaded one does
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 

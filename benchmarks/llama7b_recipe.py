@@ -49,11 +49,13 @@ def cut(recipe: dict[str, Any], model: Path, data: Path, arguments: argparse.Nam
     for step in recipe["steps"]:
         if "training" in step:
             step["training"] |= {"epochs": 1, "max_steps": arguments.steps, "eval_steps": arguments.steps}
-    recipe["evaluate"]["perplexity"]["blocks"] = 4
-    recipe["evaluate"]["profile"]["repeats"] = 3
+    less: dict[str, dict[str, Any]] = {"perplexity": {"blocks": 4}, "profile": {"repeats": 3}}
     if arguments.small:
         recipe["data"]["max_length"] = 64
-        recipe["evaluate"]["perplexity"]["block_size"] = 128
+        less["perplexity"]["block_size"] = 128
+    evaluate = recipe.setdefault("evaluate", {})
+    for key, values in less.items():
+        evaluate[key] = (evaluate.get(key) or {}) | values
     return recipe
 
 

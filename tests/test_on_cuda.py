@@ -72,7 +72,7 @@ def test_adapters(method: str, settings: dict[str, Any], kind: str, monkeypatch:
     assert found == {line: contract.expected(line, method, settings, kind) for line in found}
 
 
-@pytest.mark.parametrize(("method", "settings"), QUANTIZED, ids=lambda given: str(given))
+@pytest.mark.parametrize(("method", "settings"), QUANTIZED, ids=str)
 def test_quantizers(method: str, settings: dict[str, Any]) -> None:
     summaries, said = [], []
     for device in ("cpu", DEVICE):
@@ -88,7 +88,7 @@ def test_quantizers(method: str, settings: dict[str, Any]) -> None:
     assert cuda == pytest.approx(cpu, rel=0.15)
 
 
-@pytest.mark.parametrize(("method", "settings"), PRUNED, ids=lambda given: str(given))
+@pytest.mark.parametrize(("method", "settings"), PRUNED, ids=str)
 def test_pruners(method: str, settings: dict[str, Any]) -> None:
     said = []
     for device in ("cpu", DEVICE):
@@ -96,7 +96,9 @@ def test_pruners(method: str, settings: dict[str, Any]) -> None:
         prune_model(model, PRUNERS.create(method, **settings), TEXT, progress=False)
         said.append(logits(model))
         layer = model.model.layers[1].mlp.up_proj.weight
-        assert float((layer == 0).float().mean()) == pytest.approx(settings.get("sparsity", 0.5), abs=0.2)
+        removed = settings.get("sparsity", 0.5)
+        within = 0.1 if "allocation" in settings else 0.02  # OWL gives each block its own share
+        assert float((layer == 0).float().mean()) == pytest.approx(removed, abs=within)
     torch.testing.assert_close(said[1], said[0], rtol=0.05, atol=0.05)
 
 
@@ -193,6 +195,8 @@ def test_generation_and_tenants(kind: str, tmp_path_factory: pytest.TempPathFact
     for beams in (1, 3):
         given = {"attention_mask": torch.ones_like(tokens), "num_beams": beams} | options
         mixed = served.generate(input_ids=tokens, adapters=names, **given)
+        bare = served.generate(input_ids=tokens, adapters=[None] * 3, **given)
+        assert all(not torch.equal(*rows) for rows in zip(mixed, bare, strict=True))
         for row, name in enumerate(names):
             mask = {"attention_mask": torch.ones_like(tokens[:1])}
             alone = served.generate(input_ids=tokens[row : row + 1], adapters=[name], **given | mask)

@@ -15,24 +15,32 @@ from compress_peft.models.bundle import attach_saved, backbone_folder, is_bundle
 from compress_peft.models.encoder_decoder import auto_class
 from compress_peft.models.faster_generate import faster_generate
 from compress_peft.models.foreign import load_foreign
+from compress_peft.models.processes import local_rank
 from compress_peft.models.sources import missing_source
 from compress_peft.models.verify import MANIFEST, verify_folder
 from compress_peft.weights.dense import use_kernels
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """ "auto" is CUDA where there is one.
+    """ "auto" is CUDA where there is one. Of several processes that were started together, each has a GPU of its own,
+    unless one is named.
 
     Raises:
-        MissingRequirement: CUDA is asked for and not there.
+        MissingRequirement: CUDA is asked for and not there, or there are fewer GPUs than processes.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise MissingRequirement(
             Problem("device", f'"{wanted}" is asked for, but torch finds no CUDA device', "use --set device=cpu")
         )
-    return torch.device(wanted)
+    rank = local_rank()
+    if wanted != "cuda" or rank is None:
+        return torch.device(wanted)
+    if rank >= (found := torch.cuda.device_count()):
+        what = f"process {rank + 1} on this machine has no GPU of its own: there are {found}"
+        raise MissingRequirement(Problem("device", what, f"start {found} processes, or use --set device=cpu"))
+    return torch.device("cuda", rank)
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 EXIT_DONE, EXIT_BUG, EXIT_USER = 0, 1, 2
 
@@ -19,6 +20,7 @@ examples:
   python -m pipelines.run configs/llama2_7b_nf4_para.yaml --dry-run
   python -m pipelines.run configs/smollm2_135m_nf4_para.yaml --set seed=1 --set steps.0.double_quant=false
   python -m pipelines.run configs/smollm2_135m_nf4_para.yaml --resume
+  torchrun --nproc-per-node 4 -m pipelines.run CONFIG   (a process a GPU: calibration is divided among them)
   python -m pipelines.methods --presets   (the known tasks, for data: {preset: ...})"""
 
 
@@ -59,13 +61,30 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _execute(arguments: argparse.Namespace) -> int:
-    from compress_peft.errors import ConfigError, MissingRequirement
-    from pipelines.plan import make_plan
+    from compress_peft.models import processes
     from pipelines.recipe import apply_overrides, parse_recipe, read_yaml
 
     raw = apply_overrides(read_yaml(arguments.config), arguments.overrides)
     recipe = parse_recipe(raw, default_name=arguments.config.stem)
     folder = arguments.output or Path(recipe.output) / recipe.name
+    together = processes.join()
+    if together.leads:
+        _lead(arguments, recipe, folder)
+        together.from_first(None)  # no step follows
+    else:
+        from pipelines.runner import follow_recipe
+
+        follow_recipe(recipe, folder)
+    processes.leave()
+    return EXIT_DONE
+
+
+def _lead(arguments: argparse.Namespace, recipe: Any, folder: Path) -> None:
+    """In the only process, or the first of several."""
+    from compress_peft.errors import ConfigError, MissingRequirement
+    from pipelines.plan import make_plan
+    from pipelines.runner import run_recipe
+
     plan = make_plan(recipe, folder)
     if plan.problems:
         raise ConfigError(plan.problems + plan.missing)
@@ -74,14 +93,11 @@ def _execute(arguments: argparse.Namespace) -> int:
         for problem in plan.missing:
             print(f"missing      {problem}")
         print("ready to run" if not plan.missing else "not ready: a real run would stop at what is missing")
-        return EXIT_DONE
+        return
     if plan.missing:
         raise MissingRequirement(plan.missing)
-    from pipelines.runner import run_recipe
-
     report = run_recipe(recipe, folder, resume=arguments.resume, overwrite=arguments.overwrite, command=sys.argv)
     print(f"report: {report}")
-    return EXIT_DONE
 
 
 def main(argv: list[str] | None = None) -> int:

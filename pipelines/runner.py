@@ -14,6 +14,7 @@ import torch
 
 from compress_peft.data.build import DataSettings, TaskData
 from compress_peft.errors import CorruptFile, Problem
+from compress_peft.models import processes
 from compress_peft.models.sources import read_config, resolve_source
 from compress_peft.weights import kernels
 from eval.machine import describe_machine
@@ -75,6 +76,29 @@ def run_recipe(recipe: Any, folder: Path, *, resume: bool, overwrite: bool, comm
         return write_report(report, folder)
 
 
+def follow_recipe(recipe: Any, folder: Path) -> None:
+    """What all processes but the first do while that one is in `run_recipe`: their part of the shared steps."""
+    state = None
+    while True:
+        try:
+            task = processes.current().from_first(None)
+        except RuntimeError:  # the connection is closed: the first process has stopped, and said why
+            return
+        if task is None:
+            return
+        index, backbone = task
+        state = state or RunState(recipe, folder, resolve_source(recipe.model.source, recipe.model.config, recipe.seed))
+        state.forget_model()
+        state.backbone = backbone
+        step = recipe.steps[index]
+        torch.manual_seed(recipe.seed + index)
+        step.run(state, _step_folder(folder, index, step))
+
+
+def _step_folder(folder: Path, index: int, step: Step) -> Path:
+    return folder / "steps" / f"{index + 1:02d}-{step.step}"
+
+
 def _distinct(label: str, index: int, stages: list[StageRecord]) -> str:
     """The label, with the number of the step if an earlier one has the same, as in a gradual schedule."""
     return f"{label}, step {index + 1}" if label in {stage.name for stage in stages} else label
@@ -102,7 +126,7 @@ def _read_json(path: Path) -> Any:
 
 def _step(state: RunState, index: int, step: Step) -> tuple[StepRecord, StepResult]:
     """Run the step, or take its result from an earlier session."""
-    folder = state.folder / "steps" / f"{index + 1:02d}-{step.step}"
+    folder = _step_folder(state.folder, index, step)
     path = folder / "result.json"
     done = path.exists()
     if done:
@@ -115,7 +139,13 @@ def _step(state: RunState, index: int, step: Step) -> tuple[StepRecord, StepResu
         _say(f"step {index + 1} {step.label()}")
         torch.manual_seed(state.recipe.seed + index)  # whatever ran before in this process must not matter
         begin = time.monotonic()
-        result = step.run(state, folder).after(time.monotonic() - begin)
+        if step.shares_work():
+            processes.current().from_first((index, state.backbone))
+            result = step.run(state, folder)
+        else:
+            with processes.alone():
+                result = step.run(state, folder)
+        result = result.after(time.monotonic() - begin)
         write_json(path, result.to_json())
     state.apply(result)
     facts = {"step": step.step, "settings": step.model_dump(mode="json"), **result.facts}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, MutableSequence
@@ -27,7 +28,8 @@ from compress_peft.models.activations import Activations, Budget
 from compress_peft.models.empty import empty_model, match_folder, stored_names
 from compress_peft.models.hf_quantizer import CompressedConfig
 from compress_peft.models.layers import decoder_layers
-from compress_peft.models.needs import check_room, estimate_walk
+from compress_peft.models.needs import Needs, check_room, estimate_walk
+from compress_peft.models.processes import ALONE, Processes, current
 from compress_peft.models.shards import INDEX, disk_error, read_header, write_shard, write_tensors
 from compress_peft.models.verify import MANIFEST, sha256, verify_folder, write_manifest
 from compress_peft.models.walk import BlockTurn, BlockWalk
@@ -80,11 +82,20 @@ class FolderStore:
         CorruptFile: files are missing or damaged.
     """
 
-    def __init__(self, model: PreTrainedModel, source: Path, work: Path, activation_bytes: float):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: Path,
+        work: Path,
+        activation_bytes: float,
+        processes: Processes = ALONE,
+    ):
+        """activation_bytes: in memory, of all processes on this machine together."""
         self.model = model
         self.work = work
         self.folder = work / "model"
-        self.budget = Budget(activation_bytes)
+        self.spill = work / "activations" / str(processes.rank)
+        self.budget = Budget(activation_bytes / processes.on_machine)
         self.blocks = [name for name, _ in decoder_layers(model)]
         self.names: dict[str, list[str]] = {name: [] for name in ["", *self.blocks]}
         """The stored tensors by block; of tied ones only the first."""
@@ -126,7 +137,7 @@ class FolderStore:
         return name in self.done
 
     def activations(self) -> MutableSequence[Tensor]:
-        return Activations(self.work / "activations", self.budget)
+        return Activations(self.spill, self.budget)
 
     # What the driver asks for.
 
@@ -284,6 +295,9 @@ def walk_folder(
 ) -> tuple[Job, BlockWalk, list[str]]:
     """Change the model of the folder `source` block by block into the folder `target`; goes on where it was killed.
 
+    Several processes (`processes.current`) that call it together share the walk: each has its part of the calibration
+    and of the layers, and the first one writes.
+
     make_job: the job for the model, which has no weights yet. dtype: of the activations and of what is not
     compressed, as for a model in memory. work: the folder of unfinished work, on the disk of the target (default:
     beside it). on_block: called with the name of every block that was finished now. Returns the job, the walk (for its
@@ -303,29 +317,50 @@ def walk_folder(
         verify_folder(source)
     model = empty_model(source, dtype, trust_remote_code)
     use_kernels(model)  # as in memory: the same sums in the same order
-    store = FolderStore(model, source, work, activation_bytes)
+    processes = current()
+    store = FolderStore(model, source, work, activation_bytes, processes)
     job = make_job(model)
-    tokens = (0, 0) if calibration is None else (calibration.shape[0], calibration.shape[1])
-    each, limit = dtype.itemsize, activation_bytes
-    needed = estimate_walk(model, job.layers, job.stored_bits, each, tokens, job.needs, limit, *job.copies)
-    store.read_progress(_identity(store, job, dtype, calibration))
-    check_room(needed, work, sum((store.folder / entry["file"]).stat().st_size for entry in store.done.values()))
-    if "" not in store.done:
-        store.write_outside()
+    if processes.leads:
+        store.read_progress(_identity(store, job, dtype, calibration, processes))
+        needed = _needed(model, job, dtype, calibration, activation_bytes, processes)
+        check_room(needed, work, sum((store.folder / entry["file"]).stat().st_size for entry in store.done.values()))
+        if "" not in store.done:
+            store.write_outside()
+    store.done = processes.from_first(store.done)
     for block in store.blocks:
         if block in store.done:
             job.restore(store.done[block]["record"])
-    walk = BlockWalk(model, calibration, job.layers, progress, job.needs, store)
+    walk = BlockWalk(model, calibration, job.layers, progress, job.needs, store, processes)
     for turn in walk:
         job.process(turn)
-        store.write(turn.name, job.record(turn.name))
-        if on_block is not None:
-            on_block(turn.name)
-    store.finish(target, tokenizer, source)
+        if processes.leads:
+            store.write(turn.name, job.record(turn.name))
+            if on_block is not None:
+                on_block(turn.name)
+    if processes.leads:
+        store.finish(target, tokenizer, source)
+    processes.from_first(None)  # when this comes, the target is there
     return job, walk, store.notes
 
 
-def _identity(store: FolderStore, job: Job, dtype: torch.dtype, calibration: Tensor | None) -> dict[str, Any]:
+def _needed(
+    model: PreTrainedModel, job: Job, dtype: torch.dtype, calibration: Tensor | None, limit: float, processes: Processes
+) -> Needs:
+    """Of all processes on this machine."""
+    samples, length = (0, 0) if calibration is None else calibration.shape
+
+    def estimate(rows: int, limit: float) -> Needs:
+        tokens = (rows, length)
+        return estimate_walk(model, job.layers, job.stored_bits, dtype.itemsize, tokens, job.needs, limit, *job.copies)
+
+    many = processes.on_machine
+    each = estimate(math.ceil(samples / processes.count), limit / many)
+    return Needs(each.memory * many, estimate(samples, limit).disk)
+
+
+def _identity(
+    store: FolderStore, job: Job, dtype: torch.dtype, calibration: Tensor | None, processes: Processes
+) -> dict[str, Any]:
     files = sorted({place.file for place in store.places.values()})
     config = json.loads(json.dumps(store.model.config.to_dict(), default=str))
     config.pop("_name_or_path", None)
@@ -334,5 +369,6 @@ def _identity(store: FolderStore, job: Job, dtype: torch.dtype, calibration: Ten
         "model configuration": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "dtype": str(dtype),
         "calibration": None if calibration is None else hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
+        **({"number of processes": processes.count} if processes.count > 1 else {}),  # sums are not the same bits
         **job.identity,
     }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_peft.errors import ModelError, Problem
+from compress_peft.models.processes import ALONE, Processes
 from compress_peft.tensors.sweep import add_gram, mirror
 
 NEEDS = ("inputs", "targets", "norms", "hessian", "drift")
@@ -66,8 +67,15 @@ class Stop(Exception):
 class Collector:
     """Hooks on the wanted layers of one block. Layers that get one and the same tensor share their statistics."""
 
-    def __init__(self, layers: dict[str, nn.Linear], needs: frozenset[str], seconds: dict[str, float]):
+    def __init__(
+        self,
+        layers: dict[str, nn.Linear],
+        needs: frozenset[str],
+        seconds: dict[str, float],
+        processes: Processes = ALONE,
+    ):
         self.layers = layers
+        self.processes = processes
         self.needs = needs
         self.seconds = seconds
         self.owners: dict[str, str] = {}
@@ -98,7 +106,10 @@ class Collector:
             hook.remove()
 
     def statistics(self) -> dict[str, InputStatistics]:
+        """Of what all processes saw."""
         begin = time.monotonic()
+        if self.processes.count > 1:
+            self._add_up()
         for value in self.found.values():
             if value.hessian is not None:
                 mirror(value.hessian)
@@ -110,6 +121,24 @@ class Collector:
                 result[name] = self._empty(layer.weight)
                 result[name].notes.append("no calibration token reached this layer")
         return result
+
+    def _add_up(self) -> None:
+        owners: dict[str, str] = {}
+        for theirs in self.processes.gather(self.owners):
+            for name, owner in theirs.items():  # none that saw no token of a layer has it
+                if owners.setdefault(name, owner) != owner:
+                    what = f"shares its input with {owner} in one process and with {owners[name]} in another"
+                    raise ModelError(Problem(name, what, "add the layer to skip"))
+        self.owners = owners
+        counts = self.processes.gather({name: value.tokens for name, value in self.found.items()})
+        for name in dict.fromkeys(owners.values()):
+            if name not in self.found:
+                self.found[name] = self._empty(self.layers[name].weight)
+            value = self.found[name]
+            value.tokens = sum(count.get(name, 0) for count in counts)
+            for tensor in (value.hessian, value.square_sum, value.sum, value.drift):
+                if tensor is not None and tensor.numel():
+                    self.processes.add_up(tensor)
 
     def _empty(self, like: Tensor) -> InputStatistics:
         """like: (any, in)."""

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from compress_peft.errors import DataError, ModelError, Problem
+from compress_peft.errors import ConfigError, DataError, ModelError, Problem
 from compress_peft.models.heap import trim_heap
 from compress_peft.models.layers import decoder_layers, is_encoder_decoder
+from compress_peft.models.processes import ALONE, Processes
 from compress_peft.models.statistics import NEEDS, Collector, Stop
 from compress_peft.models.statistics import InputStatistics as InputStatistics
 
@@ -94,16 +95,21 @@ class InMemory:
 
 Arguments = tuple[tuple, dict]
 
+WHOLE = frozenset({"inputs", "targets"})
+"""Needs that are no sums, so that processes cannot add them up."""
+
 
 class BlockWalk:
     """One pass over the blocks of a model.
 
     layers: the linear layers, by full name, whose inputs are wanted. calibration: (samples, length) int64 token ids,
     all of them real tokens; None for consumers that only look at weights. needs: of NEEDS; X^T X is worked out only for
-    "hessian". store: where blocks come from. `seconds` has the time spent by kind ("forward", "statistics"), of the
+    "hessian". store: where blocks come from. processes: those that make the same walk, each with its part of the
+    calibration; statistics are those of all. `seconds` has the time spent by kind ("forward", "statistics"), of the
     walk alone.
 
     Raises:
+        ConfigError: several processes and needs that take all samples to one place, or too few samples.
         ModelError: blocks whose arguments depend on the text, calibration that gives NaN, or calibration of an
             encoder-decoder.
         DataError: token ids that do not fit the model.
@@ -117,6 +123,7 @@ class BlockWalk:
         progress: bool = True,
         needs: Sequence[str] = ("hessian",),
         store: BlockStore | None = None,
+        processes: Processes = ALONE,
     ):
         assert set(needs) <= set(NEEDS), f"{needs}: the walk knows {NEEDS}"
         if calibration is not None and is_encoder_decoder(model):
@@ -127,11 +134,15 @@ class BlockWalk:
         self.model = model
         self.blocks = decoder_layers(model)
         self.layers = layers
-        self.progress = progress
+        self.progress = progress and processes.leads
         self.needs = frozenset(needs)
+        self.processes = processes
         self.store = store or InMemory()
         self.seconds = {"forward": 0.0, "statistics": 0.0}
-        self.chunks = () if calibration is None else _chunks(model, calibration)
+        self.chunks = () if calibration is None else _chunks(model, calibration, processes)
+        if processes.count > 1 and self.needs & WHOLE:
+            what = f"the method works on all calibration samples at once, and {processes.count} processes have parts"
+            raise ConfigError(Problem("calibration", what, "start it in one process, or use another method"))
 
     def __iter__(self) -> Iterator[BlockTurn]:
         was_training = self.model.training
@@ -218,7 +229,7 @@ class BlockWalk:
         if not wanted or not self.chunks or (self.needs and self.needs <= {"inputs", "targets"}):
             return {}
         begin, before = time.monotonic(), self.seconds["statistics"]
-        collector = Collector(wanted, self.needs, self.seconds)
+        collector = Collector(wanted, self.needs, self.seconds, self.processes)
         try:
             for index in range(len(states)):
                 if "drift" in self.needs:
@@ -309,8 +320,8 @@ def _passing(blocks: list[tuple[str, nn.Module]], arguments: list[tuple[tuple, d
                 module.forward = forward
 
 
-def _chunks(model: nn.Module, calibration: Tensor) -> tuple[Tensor, ...]:
-    """The rows in equal chunks, so that the blocks' other arguments fit all of them."""
+def _chunks(model: nn.Module, calibration: Tensor, processes: Processes = ALONE) -> tuple[Tensor, ...]:
+    """The rows of this process in equal chunks, so that the blocks' other arguments fit all of them."""
     config: Any = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None)
     vocabulary = getattr(config, "vocab_size", None)
@@ -323,6 +334,7 @@ def _chunks(model: nn.Module, calibration: Tensor) -> tuple[Tensor, ...]:
         what = f"token ids from {calibration.min()} to {calibration.max()} for a vocabulary of {vocabulary}"
     if what:
         raise DataError(Problem("calibration", what, "correct the calibration"))
+    calibration = processes.part(calibration)
     samples, length = calibration.shape
     rows = max(rows for rows in range(1, samples + 1) if samples % rows == 0 and rows <= max(1, CHUNK_TOKENS // length))
     return calibration.split(rows)

@@ -17,6 +17,7 @@ from compress_peft.errors import ConfigError, ModelError, Problem
 from compress_peft.models.hf_quantizer import attach
 from compress_peft.models.jobs import LayerJob, LayerRecord, measure_change
 from compress_peft.models.out_of_core import ACTIVATIONS_IN_MEMORY, FolderStore, walk_folder
+from compress_peft.models.processes import current
 from compress_peft.models.selection import matching, select_layers
 from compress_peft.models.sparsity import UNSTRUCTURED, pruned_layers, pruning_pattern, record_pruning
 from compress_peft.models.walk import BlockTurn, BlockWalk, InputStatistics
@@ -67,6 +68,8 @@ def prune_model(
 ) -> PruningSummary:
     """Prune the selected linear layers in place; later blocks see the outputs of the pruned ones.
 
+    Processes of torch.distributed that call it together, with the same model and calibration, share the passes over
+    the calibration.
     calibration: (samples, length) int64 token ids, all of them real tokens; for pruners that need it.
 
     Raises:
@@ -86,10 +89,11 @@ def prune_model(
     walks = []
     outliers = None
     if pruner.allocation == "owl":
-        walks.append(BlockWalk(model, calibration, layers, progress, ("norms",)))
+        walks.append(BlockWalk(model, calibration, layers, progress, ("norms",), processes=current()))
         outliers = count_outliers(walks[0], pruner.owl_m)
     work = Pruning(pruner, layers, outliers)
-    walks.append(BlockWalk(model, calibration if pruner.needs else None, layers, progress, pruner.needs))
+    given = calibration if pruner.needs else None
+    walks.append(BlockWalk(model, given, layers, progress, pruner.needs, processes=current()))
     walks[-1].run(work)
     for name, layer, owner in followers:
         layer.weight = layers[owner].weight
@@ -122,8 +126,9 @@ def prune_folder(
         if pruner.allocation == "owl":
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=Path(target).parent) as scratch:
-                store = FolderStore(model, Path(source), Path(scratch), ACTIVATIONS_IN_MEMORY)
-                walks.append(BlockWalk(model, calibration, layers, options.get("progress", True), ("norms",), store))
+                store = FolderStore(model, Path(source), Path(scratch), ACTIVATIONS_IN_MEMORY, current())
+                show = options.get("progress", True)
+                walks.append(BlockWalk(model, calibration, layers, show, ("norms",), store, current()))
                 outliers = count_outliers(walks[0], pruner.owl_m)
         record_as_pruned(model, pruner, list(layers))
         return Pruning(pruner, layers, outliers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from compress_peft.models.empty import empty_model
 from compress_peft.models.hf_quantizer import attach
 from compress_peft.models.jobs import LayerJob, LayerRecord, measure_change
 from compress_peft.models.out_of_core import ACTIVATIONS_IN_MEMORY, FolderStore, walk_folder
+from compress_peft.models.processes import current
 from compress_peft.models.sparsity import kept_mask, pruned_layers, pruning_pattern
 from compress_peft.models.walk import BlockTurn, BlockWalk, InputStatistics
 from compress_peft.quantization.base import Quantizer
@@ -63,6 +64,7 @@ def quantize_model(
     """Replace the weights of the selected linear layers in place; each dense weight is freed as its turn passes.
 
     Layers that share one weight share the quantized one (with statistics: those of the first of them).
+    Processes of torch.distributed that call it together, with the same model and calibration, share the work.
     calibration: (samples, length) int64 token ids, all of them real tokens; for quantizers that need statistics.
 
     Raises:
@@ -79,9 +81,9 @@ def quantize_model(
     plan: Mapping[str, Quantizer] = {}
     if quantizer.plans:
         quantizer = quantizer.for_model(model, _bytes_each(model))
-        plan = quantizer.plan(BlockWalk(model, calibration, dict(chosen), progress, needs))
+        plan = quantizer.plan(BlockWalk(model, calibration, dict(chosen), progress, needs, processes=current()))
     work = Replacement(quantizer, chosen, pruned, shared_parameters(model), plan)
-    walk = BlockWalk(model, calibration if needs else None, dict(chosen), progress, needs)
+    walk = BlockWalk(model, calibration if needs else None, dict(chosen), progress, needs, processes=current())
     walk.run(work)
     attach(model)
     return work.summary(left_alone, walk.seconds if needs else {})
@@ -128,8 +130,9 @@ def _plan_folder(
     chosen, _ = select_layers(model, quantizer)
     check_layers(chosen, quantizer, values=False)
     work = Path(options.get("work") or target.with_name(f".{target.name}.partial"))
-    store = FolderStore(model, source, work, options.get("activation_bytes", ACTIVATIONS_IN_MEMORY))
-    walk = BlockWalk(model, calibration, dict(chosen), options.get("progress", True), quantizer.needs, store)
+    limit, processes = options.get("activation_bytes", ACTIVATIONS_IN_MEMORY), current()
+    store = FolderStore(model, source, work, limit, processes)
+    walk = BlockWalk(model, calibration, dict(chosen), options.get("progress", True), quantizer.needs, store, processes)
     return quantizer, quantizer.plan(walk)
 
 
@@ -178,17 +181,51 @@ class Replacement(LayerJob[QuantizedLayer]):
             owner = owners.setdefault(id(layer.weight), name)
             self.sharing.setdefault(owner, []).append(name)
         self.seconds: dict[str, float] = {}
+        self.processes = current()
 
     def process(self, turn: BlockTurn) -> None:
         """Quantize the layers of the block, in the order in which it calls them."""
         prepared = self.quantizer.prepare_block(turn, self.shared)
         self.notes += prepared.notes
+        mine = self._mine(turn)
+        found: list[tuple[str, str]] = []
         for name in list(turn.statistics) or turn.layers:
             # The last layer that shares statistics frees them.
             stats = turn.statistics.pop(name, None)
+            if name not in mine:
+                continue
             self.quantize(name, stats, prepared.weights.get(name))
             if stats is not None:
-                self.notes += [(name, note) for note in stats.notes]
+                found += [(name, note) for note in stats.notes]
+        self.notes += found if self.processes.count == 1 else self._exchange(mine, found)
+
+    def _mine(self, turn: BlockTurn) -> set[str]:
+        """The layers of the block that this process quantizes; of those that share a weight, the first. Layers with one
+        input stay together: what a method derives from its statistics is worked out once."""
+        groups: dict[int, list[str]] = {}
+        for name in turn.layers:
+            if name in self.sharing:
+                groups.setdefault(id(turn.statistics.get(name, name)), []).append(name)
+        by_first = {names[0]: names for names in groups.values()}
+        sizes = {first: sum(turn.layers[name].weight.numel() for name in names) for first, names in by_first.items()}
+        return {name for first in self.processes.divide(sizes) for name in by_first[first]}
+
+    def _exchange(self, mine: set[str], notes: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Hand round what this process quantized, and take over the rest; returns the notes of all."""
+        packed = {}
+        for name in mine:
+            weight = self.layers[name].weight
+            assert isinstance(weight, CompressedWeight)
+            parts = {part: tensor.cpu() for part, tensor in weight.components().items()}
+            packed[name] = (weight.spec(), parts, self.done[name])
+        gathered = self.processes.gather((packed, notes))
+        for theirs, _ in gathered:
+            for name, (spec, parts, record) in theirs.items():
+                if name not in mine:
+                    device = self.layers[name].weight.device
+                    parts = {part: tensor.to(device) for part, tensor in parts.items()}
+                    self._put(CompressedWeight.from_components(spec, parts), record)
+        return [note for _, theirs in gathered for note in theirs]
 
     def summary(self, left_alone: list[tuple[str, str]], seconds: dict[str, float]) -> QuantizationSummary:
         """seconds: of the walk."""
@@ -244,18 +281,23 @@ class Replacement(LayerJob[QuantizedLayer]):
             raise ModelError(problems) from error
         change = quantized.dequantize(torch.float32).sub_(dense)
         relative_error, output_error = measure_change(change, dense, stats)
-        parameter = nn.Parameter(quantized, requires_grad=False)
-        for same in self.sharing[name]:
-            self.layers[same].weight = parameter
-            self.done[same] = QuantizedLayer(
-                name=same,
-                shape=(dense.shape[0], dense.shape[1]),
-                relative_error=relative_error,
-                output_error=output_error,
-                bits_per_weight=quantized.bits_per_weight,
-                storage_bytes=quantized.storage_bytes,
-            )
+        record = QuantizedLayer(
+            name=name,
+            shape=(dense.shape[0], dense.shape[1]),
+            relative_error=relative_error,
+            output_error=output_error,
+            bits_per_weight=quantized.bits_per_weight,
+            storage_bytes=quantized.storage_bytes,
+        )
+        self._put(quantized, record)
         self.seconds["quantize"] = self.seconds.get("quantize", 0.0) + time.monotonic() - begin
+
+    def _put(self, weight: CompressedWeight, record: QuantizedLayer) -> None:
+        """In place of the dense one, at every layer that shares it."""
+        parameter = nn.Parameter(weight, requires_grad=False)
+        for same in self.sharing[record.name]:
+            self.layers[same].weight = parameter
+            self.done[same] = replace(record, name=same)
 
 
 def select_layers(model: nn.Module, quantizer: Quantizer) -> tuple[list[tuple[str, nn.Linear]], list[tuple[str, str]]]:

@@ -14,10 +14,12 @@ import itertools
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress_peft.models.processes import current
 from compress_peft.models.walk import BlockTurn
 from compress_peft.weights import CompressedWeight
 
@@ -59,6 +61,10 @@ class Grouping:
             _replace(self.module, "bias", bias.double() / exact)
         for layer in self.targets.values():
             _replace(layer, "weight", layer.weight.double() * exact[self.index])
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal groupings in different processes."""
+        return self.source, tuple(self.targets), tuple(self.index.tolist()), self.offset
 
     def parameters(self) -> list[str]:
         """Full names of what `apply` replaces."""
@@ -111,7 +117,18 @@ def find_groupings(turn: BlockTurn, shared: Container[str]) -> tuple[list[Groupi
                 reason = f"scaling {grouping.source} against it changes what the block computes"
         else:
             reasons |= {name: reason for name in targets if name in turn.layers}
-    return found, reasons
+    return _agreed(found, reasons, turn)
+
+
+def _agreed(found: list[Grouping], reasons: dict[str, str], turn: BlockTurn) -> tuple[list[Grouping], dict[str, str]]:
+    """What holds for the calibration of every process that shares the walk."""
+    keys = [grouping.key() for grouping in found]
+    common = set(keys).intersection(*current().gather(keys))
+    for grouping, key in zip(found, keys, strict=True):
+        if key not in common:
+            why = "it cannot be scaled on the calibration of another process"
+            reasons |= {name: why for name in grouping.targets if name in turn.layers}
+    return [grouping for grouping, key in zip(found, keys, strict=True) if key in common], reasons
 
 
 Call = tuple[str, nn.Module, Tensor, Tensor]

@@ -67,7 +67,9 @@ def train(
     accelerator = Accelerator(cpu=_device(model).type == "cpu")
     if accelerator.num_processes > 1:
         what = f"it was started in {accelerator.num_processes} processes, and training uses one"
-        raise MissingRequirement(Problem("finetune", what, "start it without torchrun or accelerate launch"))
+        raise MissingRequirement(
+            Problem("finetune", what, "start it without torchrun or accelerate launch; --resume keeps the steps done")
+        )
     apart = is_encoder_decoder(model)
     pairs = encode_all(tokenizer, training, max_length, settings.eos, apart)
     held_out = encode_all(tokenizer, validation, max_length, settings.eos, apart)

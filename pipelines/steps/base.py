@@ -96,6 +96,11 @@ class Step(Method):
         """Why the step cannot work on a model of this shape; empty if it can."""
         return []
 
+    def shares_work(self) -> bool:
+        """Whether processes that were started together each do a part of it; else the first does it alone. If so, `run`
+        is called in all of them, and only the first writes."""
+        return False
+
     def leaves_layers(self) -> bool:
         """Whether its `targets` or `skip` leave layers as they are."""
         return False

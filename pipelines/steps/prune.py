@@ -15,8 +15,10 @@ from torch import nn
 from compress_peft.errors import ModelError, Problem
 from compress_peft.models.needs import estimate_walk, prefers_out_of_core
 from compress_peft.models.out_of_core import ACTIVATIONS_IN_MEMORY
+from compress_peft.models.processes import current
 from compress_peft.models.save import save_model
 from compress_peft.models.selection import select_layers
+from compress_peft.models.walk import WHOLE
 from compress_peft.pruning import PRUNERS, prune_folder, prune_model
 from compress_peft.pruning.structured import SHRINKERS, Shrinker
 from compress_peft.quantization.apply import list_names
@@ -77,6 +79,9 @@ class Prune(Step):
         own = {key: value for key, value in values.items() if key == "out_of_core"}
         return nest({key: value for key, value in values.items() if key not in own}, "pruner") | own
 
+    def shares_work(self) -> bool:
+        return not isinstance(self.pruner, Shrinker) and not WHOLE & set(self.pruner.needs)
+
     def leaves_layers(self) -> bool:
         return not isinstance(self.pruner, Shrinker) and bool(changed(self.pruner, "targets", "skip"))
 
@@ -104,7 +109,8 @@ class Prune(Step):
             notes = overlap_notes(state, blocks)
         work = folder / "checkpoints" / "walk"  # what stands under this name survives a kill
         out_of_core = goes_out_of_core(self.out_of_core, state, work, notes, "pruned")
-        for _, note in notes:
+        processes = current()
+        for _, note in notes if processes.leads else ():
             print(f"warning: {note}", file=sys.stderr, flush=True)
         if out_of_core:
             state.forget_model()
@@ -121,12 +127,14 @@ class Prune(Step):
         else:
             model, tokenizer = state.model()
             summary = prune_model(model, self.pruner, blocks)
-            save_model(model, folder / "model", tokenizer)
+            if processes.leads:
+                save_model(model, folder / "model", tokenizer)
         facts = asdict(summary) | {
             "sparsity": summary.sparsity,
             "relative_error": summary.relative_error,
             "calibration": calibration,
             "out_of_core": out_of_core,
+            "processes": processes.count,
             "notes": [*summary.notes, *notes],
         }
         return StepResult(backbone=state.relative(folder / "model"), facts=facts)

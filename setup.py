@@ -36,7 +36,7 @@ class BuildKernels(build_ext):
 
 
 FOLDER = Path("compress_peft", "csrc")
-SOURCES = [str(FOLDER / name) for name in ("cpu.c", "nf4.c", "affine.c", "dense.c", "norm.c")]
+SOURCES = [str(FOLDER / name) for name in ("cpu.c", "nf4.c", "affine.c", "dense.c", "norm.c", "attention.c")]
 HEADERS = [str(FOLDER / name) for name in ("common.h", "affine_x86.h")]
 
 setup(

@@ -260,6 +260,8 @@ def only_times(arguments: argparse.Namespace) -> None:
     if arguments.plain:
         for module in (module for model in models.values() for module in model.modules()):
             vars(module).pop("forward", None)  # of this project's kernels
+        for model in models.values():
+            model.set_attn_implementation("sdpa")
     found = times(models)
     print("| method | removed from the blocks | prefill ms | over dense | decode ms | over dense |")
     print("|---|---|---|---|---|---|")

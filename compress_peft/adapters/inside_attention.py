@@ -19,11 +19,12 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from compress_peft.errors import ModelError, Problem
+from compress_peft.weights.attention import NAME
 
 INSIDE = "compress_peft_inside"
 """Our name in transformers' table of attention functions."""
 
-KNOWN = ("eager", "sdpa")
+KNOWN = ("eager", "sdpa", NAME)
 """The functions that take keys with more entries than the mask was made for, given a longer mask."""
 
 

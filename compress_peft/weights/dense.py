@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress_peft.weights import native, norms, products
+from compress_peft.weights import attention, native, norms, products
 from compress_peft.weights.compressed import CompressedWeight
 from compress_peft.weights.kernels import FEW_ROWS
 from compress_peft.weights.listeners import nobody_listens, plain
@@ -41,6 +41,7 @@ def use_kernels(model: nn.Module) -> None:
             module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
     if native.has_dense():
         norms.use_kernel(model)
+        attention.use_kernel(model)
 
 
 def forward(self: nn.Linear, x: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ def _library() -> ctypes.CDLL | None:
     library.dense_matmul.argtypes = [pointer] * 4 + [size] * 3 + [integer, integer]
     library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size]
     library.rms_norm.restype = None
+    strides = ctypes.POINTER(size * 3)
+    library.attention.argtypes = [*[pointer] * 5, *[size] * 5, strides, strides, size, ctypes.c_float, integer, integer]
     return library
 
 
@@ -199,3 +201,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     assert library is not None
     size = weight.numel()
     library.rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.numel() // max(size, 1), size)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:
+    """softmax(scale * q k^T) v into out (rows, 1, heads, dim), contiguous; `has_dense()`.
+
+    q: (rows, heads, 1, dim), contiguous. k, v: (rows, kv_heads, tokens, dim), of which dim alone must be without gaps,
+        a multiple of 8. All float32.
+    mask: (rows, 1, 1, tokens), False where a token is not seen, its last dimension without gaps.
+    """
+    library = _library()
+    assert library is not None
+    rows, heads = q.shape[:2]
+    failed = library.attention(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        out.data_ptr(),
+        rows,
+        heads,
+        *k.shape[1:],
+        _strides(k),
+        _strides(v),
+        0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
+        scale,
+        _ISA["avx2"],
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the scores of {rows} x {heads} x {k.shape[2]} tokens")
+
+
+def _strides(heads: Tensor) -> Any:
+    return (ctypes.c_int64 * 3)(*heads.stride()[:3])

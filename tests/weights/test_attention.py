@@ -1,0 +1,175 @@
+"""Attention of one query a sequence by the C kernel, against float64, and everything that must keep going to torch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from compress_peft import load
+from compress_peft.adapters import PrefixTuning
+from compress_peft.models.random_model import byte_tokenizer
+from compress_peft.weights import attention, native
+from compress_peft.weights.dense import use_kernels
+from tests.adapters.helpers import perturb
+from tests.conftest import build_tiny_llama
+
+pytestmark = pytest.mark.skipif(not native.has_dense(), reason="there are no C kernels here")
+
+SHAPES = [
+    # rows, heads, kv_heads, tokens, dim
+    (1, 9, 3, 576, 64),
+    (2, 9, 3, 100, 64),
+    (3, 8, 8, 33, 40),
+    (1, 8, 1, 7, 16),
+    (1, 32, 8, 1025, 128),
+    (2, 4, 2, 1, 8),
+    (1, 10, 2, 301, 72),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Grows by one at each attention that the kernel does."""
+    found: list[tuple[int, ...]] = []
+    run = native.attention
+    monkeypatch.setattr(native, "attention", lambda q, *others: (found.append(tuple(q.shape)), run(q, *others)))
+    return found
+
+
+def inputs(rows: int, heads: int, kv_heads: int, tokens: int, dim: int, spare: int = 5) -> tuple[Tensor, ...]:
+    """Query, and keys and values with room for `spare` tokens more behind them."""
+    generator = torch.Generator().manual_seed(0)
+    query = 3 * torch.randn(rows, heads, 1, dim, generator=generator)
+    held = torch.randn(2, rows, kv_heads, tokens + spare, dim, generator=generator)
+    return query, held[0, :, :, :tokens], held[1, :, :, :tokens]
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """The formula in float64; (rows, 1, heads, dim)."""
+    query, key, value = query.double(), key.double(), value.double()
+    shared = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(shared, dim=1).transpose(2, 3) * (scale or query.shape[-1] ** -0.5)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ value.repeat_interleave(shared, dim=1)).transpose(1, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_formula(shape, masked, threads, calls):
+    query, key, value = inputs(*shape)
+    mask = None
+    if masked:
+        mask = torch.rand(shape[0], 1, 1, shape[3], generator=torch.Generator().manual_seed(1)) > 0.3
+        mask[..., -1] = True
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got, _ = attention.forward(torch.nn.Module(), query, key, value, mask, scaling=0.2)
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) == 1 and got.is_contiguous()
+    torch.testing.assert_close(got.double(), exact(query, key, value, mask, 0.2), atol=5e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_scores_far_apart_and_a_mask_for_all_rows(calls):
+    query, key, value = inputs(2, 4, 2, 40, 16)
+    mask = torch.arange(40).view(1, 1, 1, 40) % 3 > 0
+    got, _ = attention.forward(torch.nn.Module(), 300 * query, key, value, mask)
+    torch.testing.assert_close(got.double(), exact(300 * query, key, value, mask), atol=1e-5, rtol=0)
+    wide, _ = attention.forward(torch.nn.Module(), query, key, value, mask.expand(2, 1, 1, 40))
+    torch.testing.assert_close(wide.double(), exact(query, key, value, mask), atol=5e-6, rtol=0)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_a_number_that_is_none_shows(calls):
+    query, key, value = inputs(1, 2, 1, 60, 16)
+    key[0, 0, 7, 3] = torch.nan
+    got, _ = attention.forward(torch.nn.Module(), query, key, value, None)
+    assert len(calls) == 1 and got.isnan().all()
+
+
+def test_everything_else_goes_to_torch(calls):
+    query, key, value = inputs(2, 4, 2, 24, 16)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    see_all = torch.ones(2, 1, 1, 24, dtype=torch.bool)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **settings: object) -> Tensor:
+        return attention.forward(module, q, k, v, mask, **settings)[0]
+
+    want = exact(query, key, value)
+    with torch.no_grad():
+        torch.testing.assert_close(run(query, key, value, torch.zeros(2, 1, 1, 24)).double(), want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            run(query, key, value, see_all.expand(2, 4, 1, 24)).double(), want, atol=1e-5, rtol=0
+        )
+        halves = (x.bfloat16() for x in (query, key, value))
+        torch.testing.assert_close(run(*halves).double(), want, atol=5e-2, rtol=0)
+        apart = query.transpose(1, 3).contiguous().transpose(1, 3)
+        torch.testing.assert_close(run(apart, key, value).double(), want, atol=1e-5, rtol=0)
+        bias = torch.randn(1, 4, 1, 24, generator=torch.Generator().manual_seed(2))
+        assert not torch.allclose(run(query, key, value, position_bias=bias).double(), want, atol=1e-2)
+        many = run(query.expand(2, 4, 24, 16), key, value)
+        causal = functional.scaled_dot_product_attention(
+            query.expand(2, 4, 24, 16), key, value, is_causal=True, enable_gqa=True
+        )
+        torch.testing.assert_close(many, causal.transpose(1, 2), atol=1e-5, rtol=0)
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(query, key, value).double(), want, atol=1e-5, rtol=0)
+    query.requires_grad_()
+    run(query, key, value).sum().backward()
+    assert query.grad is not None and not calls
+
+
+@torch.no_grad()
+def test_a_loaded_model_decodes_with_it_and_keeps_it_to_itself(tiny_llama, tmp_path, calls):
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    model, _ = load(tmp_path / "dense")
+    prompts = torch.tensor([[0, 0, 5, 9, 17, 3], [8, 2, 31, 7, 40, 11]])
+    settings: dict[str, object] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    seen = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    for own in ({}, {"num_beams": 3}):
+        want = tiny_llama.generate(prompts, attention_mask=seen, **settings, **own)
+        assert torch.equal(model.generate(prompts, attention_mask=seen, **settings, **own), want)
+    assert len(calls) == 2 * (2 * 11)  # of two blocks, every token but the first
+    model.save_pretrained(tmp_path / "again")
+    assert attention.NAME not in json.dumps(json.loads((tmp_path / "again" / "config.json").read_text()))
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    fresh.load_state_dict(model.state_dict())
+    calls.clear()
+    model.set_attn_implementation("sdpa")
+    model.generate(prompts, attention_mask=seen, **settings)
+    assert not calls
+
+
+@torch.no_grad()
+def test_prefixes_still_come_before_the_keys(calls):
+    plain, quick = build_tiny_llama(), build_tiny_llama()
+    use_kernels(quick)
+    ids = torch.tensor([[5, 9, 17, 3]])
+    found = []
+    for model in (plain, quick):
+        torch.manual_seed(0)
+        adapted = PrefixTuning(length=3).attach(model).eval()
+        perturb(adapted, size=0.7)
+        found.append(adapted.generate(input_ids=ids, max_new_tokens=9, min_new_tokens=9, do_sample=False))
+    assert torch.equal(*found) and calls
+
+
+def test_models_that_chose_another_attention_keep_it():
+    for implementation in ("eager", "flex_attention"):
+        model = build_tiny_llama()
+        model.config._attn_implementation = implementation
+        use_kernels(model)
+        assert model.config._attn_implementation == implementation

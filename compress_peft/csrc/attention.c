@@ -4,26 +4,12 @@
 #include <float.h>
 
 #include "common.h"
+#include "exp_x86.h"
 
 #ifdef HAVE_X86
 #define QUERIES 3 /* that share a pass: with CHUNK accumulators each they fit into the registers */
 #define CHUNK 4   /* vectors of a value that are summed at a time */
 #define AHEAD 8   /* tokens ahead that are asked for beforehand */
-
-/* exp(x) of x <= 0 to about 1 unit in the last place; 0 below -87, NaN of NaN. */
-INLINE AVX2 __m256 exp_avx2(__m256 x) {
-    const __m256 there = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_NLT_US);
-    x = _mm256_max_ps(_mm256_set1_ps(-87.0f), x);
-    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), 8); /* 8: to nearest, quietly */
-    x = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x); /* ln 2 in two parts */
-    x = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), x);
-    static const float series[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    __m256 y = _mm256_set1_ps(1.0f / 5040);
-    for (int i = 0; i < 7; i++) y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(series[i]));
-    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-    y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), power));
-    return _mm256_and_ps(y, there);
-}
 
 /* scores[r * n + t] = scale * q[r] . k[t] of `rows` queries, -FLT_MAX where the mask is 0. */
 INLINE AVX2 void score(const float *q, const float *k, int64_t step, const uint8_t *mask, float scale, int64_t n,

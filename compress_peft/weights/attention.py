@@ -1,7 +1,8 @@
-"""Attention of one query a sequence in float32 on the CPU, which is decoding, by the C kernel (csrc/attention.c).
+"""Attention in float32 on the CPU by C kernels: of one query a sequence, which is decoding (csrc/attention.c), and of
+many (csrc/prefill.c).
 
 It is an attention of transformers' registry under a name of its own, which models have whose attention was "sdpa";
-whatever the kernel does not take goes there.
+whatever the kernels do not take goes there.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from compress_peft.weights.listeners import nobody_listens
 NAME = "sdpa_or_kernel"
 PLAIN = "sdpa"
 
+WIDEST = 256
+"""Numbers a head that the kernel for many queries has room for."""
+
 
 def use_kernel(model: nn.Module) -> None:
-    """Lets a model of transformers that computes its attention by "sdpa", by way of the registry, call the kernel."""
+    """Lets a model of transformers that computes its attention by "sdpa", by way of the registry, call the kernels."""
     config: Any = getattr(model, "config", None)
     through_registry = getattr(model, "_supports_attention_backend", False)
     if through_registry and getattr(config, "_attn_implementation", None) == PLAIN:
@@ -37,41 +41,49 @@ def forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (rows, heads, queries, dim), key and value (rows, kv_heads, tokens, dim) -> (rows, queries, heads, dim)."""
     rows, heads, queries, dim = query.shape
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = bool(causal) and queries > 1 and attention_mask is None
     if (
-        queries == 1
-        and not dropout
-        and _takes(query, key, value, attention_mask)
-        and nobody_listens(query, key, value)
+        not dropout
         and not any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+        and nobody_listens(query, key, value)
+        and _takes(query, key, value)
+        and (attention_mask is None or _takes_mask(attention_mask, rows, queries, key.shape[2]))
+        and (not causal or queries == key.shape[2])
     ):
-        out = query.new_empty((rows, 1, heads, dim))
-        native.attention(query, key, value, attention_mask, dim**-0.5 if scaling is None else scaling, out)
+        scale = dim**-0.5 if scaling is None else scaling
+        out = query.new_empty((rows, queries, heads, dim))
+        if queries == 1:
+            native.attention(query, key, value, attention_mask, scale, out)
+        else:
+            native.prefill(query, key, value, attention_mask, causal, scale, out)
         return out, None
-    given: dict[str, Any] = {"dropout": dropout, "scaling": scaling, **kwargs}
+    given: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
 
 
-def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    rows, heads, _, dim = query.shape
+def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    rows, heads, queries, dim = query.shape
+    one = queries == 1 and dim % 8 == 0 and query.is_contiguous()
     return (
-        query.is_contiguous()
-        and dim % 8 == 0
+        (one or (queries > 1 and dim % 16 == 0 and dim <= WIDEST))
         and key.shape == value.shape
         and (key.shape[0], key.shape[3]) == (rows, dim)
         and key.shape[2] > 0
         and heads % key.shape[1] == 0
         and all(x.dtype is torch.float32 and x.is_cpu and x.stride(3) == 1 for x in (query, key, value))
-        and (mask is None or _takes_mask(mask, rows, key.shape[2]))
     )
 
 
-def _takes_mask(mask: Tensor, rows: int, tokens: int) -> bool:
-    shape = (mask.shape[0], 1, 1, tokens)
-    return mask.dtype is torch.bool and mask.shape == shape and shape[0] in (1, rows) and mask[0].is_contiguous()
+def _takes_mask(mask: Tensor, rows: int, queries: int, tokens: int) -> bool:
+    shape = (mask.shape[0], 1, queries, tokens)
+    dense = tokens == 1 or mask.stride(-1) == 1
+    return mask.dtype is torch.bool and mask.is_cpu and mask.shape == shape and shape[0] in (1, rows) and dense
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, forward)

@@ -45,10 +45,12 @@ def _library() -> ctypes.CDLL | None:
     library.affine_dequantize.restype = None
     library.affine_matmul.argtypes = [*affine, pointer, pointer, size, size, size, integer, integer]
     library.dense_matmul.argtypes = [pointer] * 4 + [size] * 3 + [integer, integer]
-    library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size]
+    library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size, integer]
     library.rms_norm.restype = None
     strides = ctypes.POINTER(size * 3)
-    library.attention.argtypes = [*[pointer] * 5, *[size] * 5, strides, strides, size, ctypes.c_float, integer, integer]
+    run: list[Any] = [ctypes.c_float, integer, integer]
+    library.attention.argtypes = [*[pointer] * 5, *[size] * 5, strides, strides, size, *run]
+    library.prefill.argtypes = [*[pointer] * 5, *[size] * 6, strides, strides, strides, size, size, integer, *run]
     return library
 
 
@@ -200,7 +202,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     library = _library()
     assert library is not None
     size = weight.numel()
-    library.rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.numel() // max(size, 1), size)
+    rows, threads = x.numel() // max(size, 1), torch.get_num_threads()
+    library.rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), rows, size, threads)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:
@@ -224,13 +227,54 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         *k.shape[1:],
         _strides(k),
         _strides(v),
-        0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
+        _row_stride(mask),
         scale,
         _ISA["avx2"],
         torch.get_num_threads(),
     )
     if failed:
         raise MemoryError(f"no memory for the scores of {rows} x {heads} x {k.shape[2]} tokens")
+
+
+def prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, out: Tensor) -> None:
+    """softmax(scale * q k^T) v into out (rows, queries, heads, dim), contiguous; `has_dense()`.
+
+    q: (rows, heads, queries, dim). k, v: (rows, kv_heads, tokens, dim). All float32, of which dim alone must be without
+        gaps, a multiple of 16 up to 256.
+    mask: (rows or 1, 1, queries, tokens), False where a token is not seen, its last dimension without gaps.
+    causal: query i sees the tokens up to i.
+    """
+    library = _library()
+    assert library is not None
+    rows, heads, queries, dim = q.shape
+    failed = library.prefill(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        None if mask is None else mask.data_ptr(),
+        out.data_ptr(),
+        rows,
+        heads,
+        k.shape[1],
+        queries,
+        k.shape[2],
+        dim,
+        _strides(q),
+        _strides(k),
+        _strides(v),
+        _row_stride(mask),
+        0 if mask is None else mask.stride(2),
+        causal,
+        scale,
+        _ISA[available() or "portable"],
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a copy of {k.numel()} numbers of the keys")
+
+
+def _row_stride(mask: Tensor | None) -> int:
+    return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
 
 
 def _strides(heads: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Attention of one query a sequence by the C kernel, against float64, and everything that must keep going to torch."""
+"""Attention by the C kernels, against float64, and everything that must keep going to torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from compress_peft import load
@@ -34,10 +33,11 @@ SHAPES = [
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Grows by one at each attention that the kernel does."""
-    found: list[tuple[int, ...]] = []
-    run = native.attention
-    monkeypatch.setattr(native, "attention", lambda q, *others: (found.append(tuple(q.shape)), run(q, *others)))
+    """Grows by one at each attention that a kernel does: the queries it had."""
+    found: list[int] = []
+    for name in ("attention", "prefill"):
+        run = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda q, *others, run=run: (found.append(q.shape[2]), run(q, *others)))
     return found
 
 
@@ -98,34 +98,79 @@ def test_a_number_that_is_none_shows(calls):
     assert len(calls) == 1 and got.isnan().all()
 
 
+MANY = [
+    # rows, heads, kv_heads, queries, tokens, dim
+    (1, 9, 3, 130, 130, 64),
+    (2, 4, 2, 2, 2, 16),
+    (2, 4, 2, 33, 33, 48),
+    (1, 6, 6, 300, 300, 128),
+    (1, 2, 1, 50, 50, 256),
+]
+
+
+def many_inputs(rows: int, heads: int, kv_heads: int, queries: int, tokens: int, dim: int) -> tuple[Tensor, ...]:
+    """As transformers hands them over: queries with their heads inside, keys and values with room behind."""
+    _, key, value = inputs(rows, heads, kv_heads, tokens, dim)
+    query = 3 * torch.randn(rows, queries, heads, dim, generator=torch.Generator().manual_seed(3))
+    return query.transpose(1, 2), key, value
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("kind", ["causal", "all", "mask", "one mask"])
+@pytest.mark.parametrize("shape", MANY)
+def test_it_is_the_formula_for_many_queries(shape, kind, isa, calls, monkeypatch):
+    if isa == "avx512" and native.available() != "avx512":
+        pytest.skip("this processor has no AVX-512")
+    monkeypatch.setattr(native, "available", lambda: isa)
+    query, key, value = many_inputs(*shape)
+    rows, queries, tokens = shape[0], shape[3], shape[4]
+    seen = torch.ones(1, 1, queries, tokens, dtype=torch.bool)
+    if kind == "causal":
+        seen = seen.tril()
+    elif "mask" in kind:
+        seen = torch.rand(1 if "one" in kind else rows, 1, queries, tokens, generator=torch.Generator().manual_seed(1))
+        seen = (seen > 0.7) & (torch.arange(tokens) < 70)  # so that whole tiles are hidden
+        seen[..., 1] = True
+    mask = seen if "mask" in kind else None
+    got, _ = attention.forward(torch.nn.Module(), query, key, value, mask, scaling=0.2, is_causal=kind != "all")
+    assert calls == [queries] and got.is_contiguous()
+    torch.testing.assert_close(got.double(), exact(query, key, value, seen, 0.2), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_queries_behind_a_cache(calls):
+    query, key, value = many_inputs(2, 4, 2, 5, 90, 32)
+    seen = torch.arange(90) <= 85 + torch.arange(5)[:, None]
+    got, _ = attention.forward(torch.nn.Module(), query, key, value, seen[None, None])
+    torch.testing.assert_close(got.double(), exact(query, key, value, seen), atol=1e-5, rtol=0)
+    assert calls == [5]
+
+
 def test_everything_else_goes_to_torch(calls):
     query, key, value = inputs(2, 4, 2, 24, 16)
     module = torch.nn.Module()
     module.num_key_value_groups = 2  # type: ignore[assignment]
-    see_all = torch.ones(2, 1, 1, 24, dtype=torch.bool)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **settings: object) -> Tensor:
-        return attention.forward(module, q, k, v, mask, **settings)[0]
+        return attention.forward(module, q, k, v, mask, **settings)[0].double()
 
     want = exact(query, key, value)
     with torch.no_grad():
-        torch.testing.assert_close(run(query, key, value, torch.zeros(2, 1, 1, 24)).double(), want, atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            run(query, key, value, see_all.expand(2, 4, 1, 24)).double(), want, atol=1e-5, rtol=0
-        )
-        halves = (x.bfloat16() for x in (query, key, value))
-        torch.testing.assert_close(run(*halves).double(), want, atol=5e-2, rtol=0)
+        assert torch.allclose(run(query, key, value, torch.zeros(2, 1, 1, 24)), want, atol=1e-5)
+        by_head = torch.ones(2, 4, 1, 24, dtype=torch.bool)
+        assert torch.allclose(run(query, key, value, by_head), want, atol=1e-5)
+        assert torch.allclose(run(*(x.bfloat16() for x in (query, key, value))), want, atol=5e-2)
         apart = query.transpose(1, 3).contiguous().transpose(1, 3)
-        torch.testing.assert_close(run(apart, key, value).double(), want, atol=1e-5, rtol=0)
+        assert torch.allclose(run(apart, key, value), want, atol=1e-5)
         bias = torch.randn(1, 4, 1, 24, generator=torch.Generator().manual_seed(2))
-        assert not torch.allclose(run(query, key, value, position_bias=bias).double(), want, atol=1e-2)
-        many = run(query.expand(2, 4, 24, 16), key, value)
-        causal = functional.scaled_dot_product_attention(
-            query.expand(2, 4, 24, 16), key, value, is_causal=True, enable_gqa=True
-        )
-        torch.testing.assert_close(many, causal.transpose(1, 2), atol=1e-5, rtol=0)
+        assert not torch.allclose(run(query, key, value, position_bias=bias), want, atol=1e-2)
+        few = run(query.expand(2, 4, 3, 16), key, value)  # three queries see the first three tokens, says torch
+        assert torch.allclose(few[:, 2:], exact(query, key[:, :, :3], value[:, :, :3]), atol=1e-5)
+        narrow = inputs(1, 2, 1, 9, 24)  # the kernel for many queries takes 16 numbers at a time
+        assert run(narrow[1].expand(1, 2, 9, 24), *narrow[1:]).shape == (1, 9, 2, 24)
     compiled = torch.compile(run, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(query, key, value).double(), want, atol=1e-5, rtol=0)
+    assert torch.allclose(compiled(query, key, value), want, atol=1e-5)
     query.requires_grad_()
     run(query, key, value).sum().backward()
     assert query.grad is not None and not calls
@@ -142,7 +187,7 @@ def test_a_loaded_model_decodes_with_it_and_keeps_it_to_itself(tiny_llama, tmp_p
     for own in ({}, {"num_beams": 3}):
         want = tiny_llama.generate(prompts, attention_mask=seen, **settings, **own)
         assert torch.equal(model.generate(prompts, attention_mask=seen, **settings, **own), want)
-    assert len(calls) == 2 * (2 * 11)  # of two blocks, every token but the first
+    assert calls == 2 * ([6, 6] + 22 * [1])  # two blocks, the prompts and then every token but the first
     model.save_pretrained(tmp_path / "again")
     assert attention.NAME not in json.dumps(json.loads((tmp_path / "again" / "config.json").read_text()))
     fresh = AutoModelForCausalLM.from_config(model.config)

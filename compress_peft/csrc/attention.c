@@ -9,6 +9,7 @@
 #ifdef HAVE_X86
 #define QUERIES 3 /* that share a pass: with CHUNK accumulators each they fit into the registers */
 #define CHUNK 4   /* vectors of a value that are summed at a time */
+#define TOKENS 32
 #define AHEAD 8   /* tokens ahead that are asked for beforehand */
 
 /* scores[r * n + t] = scale * q[r] . k[t] of `rows` queries, -FLT_MAX where the mask is 0. */
@@ -48,13 +49,13 @@ AVX2 static float exponentials(float *scores, int64_t n, float *largest) {
     return sum + sum_avx2(sums);
 }
 
-/* out[r * stride + 8 i] = sum over t of weights[r * n + t] * v[t] of `rows` queries and `chunk` vectors. */
-INLINE AVX2 void weigh(const float *weights, const float *v, int64_t step, int64_t n, const int rows, const int chunk,
-                       float *out, int64_t stride) {
+/* out[r * stride + 8 i] += sum over t of weights[r * n + t] * v[t], t < many, of `rows` queries and `chunk` vectors. */
+INLINE AVX2 void weigh(const float *weights, int64_t n, const float *v, int64_t step, int64_t many, const int rows,
+                       const int chunk, float *out, int64_t stride) {
     __m256 total[QUERIES][CHUNK];
     for (int r = 0; r < rows; r++)
-        for (int i = 0; i < chunk; i++) total[r][i] = _mm256_setzero_ps();
-    for (int64_t t = 0; t < n; t++, v += step)
+        for (int i = 0; i < chunk; i++) total[r][i] = _mm256_loadu_ps(out + r * stride + 8 * i);
+    for (int64_t t = 0; t < many; t++, v += step)
         for (int i = 0; i < chunk; i++) {
             const __m256 value = _mm256_loadu_ps(v + 8 * i);
             if (i % 2 == 0) __builtin_prefetch(v + AHEAD * step + 8 * i);
@@ -72,9 +73,15 @@ INLINE AVX2 void attend(const float *q, const float *k, const float *v, const ui
     score(q, k, step_k, mask, scale, n, dim, rows, scores);
     for (int r = 0; r < rows; r++)
         out[r * stride + dim] = exponentials(scores + r * n, n, out + r * stride + dim + 1);
-    int64_t i = 0;
-    for (; i + 8 * CHUNK <= dim; i += 8 * CHUNK) weigh(scores, v + i, step_v, n, rows, CHUNK, out + i, stride);
-    for (; i < dim; i += 8) weigh(scores, v + i, step_v, n, rows, 1, out + i, stride);
+    for (int r = 0; r < rows; r++) memset(out + r * stride, 0, (size_t)dim * sizeof(float));
+    for (int64_t t = 0; t < n; t += TOKENS) { /* few enough to be in the cache when the next vectors' turn comes */
+        const int64_t many = n - t < TOKENS ? n - t : TOKENS;
+        const float *from = v + t * step_v;
+        int64_t i = 0;
+        for (; i + 8 * CHUNK <= dim; i += 8 * CHUNK)
+            weigh(scores + t, n, from + i, step_v, many, rows, CHUNK, out + i, stride);
+        for (; i < dim; i += 8) weigh(scores + t, n, from + i, step_v, many, rows, 1, out + i, stride);
+    }
 }
 
 /* The same for any number of queries of one head of keys and values. */

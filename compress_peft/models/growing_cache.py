@@ -100,6 +100,6 @@ class _Room:
             self.whole = new.new_empty(rows, heads, end + ROOM + end // 8, width)
             if start:
                 self.whole[:, :, :start] = held
-        self.whole[:, :, start:end] = new
-        self.filled = self.whole[:, :, :end]
+        self.whole.narrow(2, start, end - start).copy_(new)  # by index it would take twice as long to start
+        self.filled = self.whole.narrow(2, 0, end)
         return self.filled

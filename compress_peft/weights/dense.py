@@ -60,7 +60,7 @@ def forward(self: nn.Linear, x: Tensor) -> Tensor:
     ):
         if x.numel() > FEW_ROWS * weight.shape[1]:
             return products.linear(x, weight, bias)
-        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
         native.dense_matmul(weight, bias, x, out)
         return out
     return functional.linear(x, weight, bias)

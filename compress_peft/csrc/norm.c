@@ -1,20 +1,12 @@
-/* The RMS norm of rows: one call instead of the six operations of torch that it is written in. */
+/* The RMS norm of a few rows: one call instead of the six operations of torch that it is written in. */
 
 #include <math.h>
 
 #include "common.h"
 
 /* out (rows, n) = weight (n) * x (rows, n) / sqrt(mean(x^2) + eps). */
-EXPORT void rms_norm(const float *all, const float *weight, float eps, float *result, int64_t rows, int64_t n,
-                     int threads) {
-    if (rows * n < PARALLEL_FROM) threads = 1;
-    (void)threads;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads)
-#endif
-    for (int64_t row = 0; row < rows; row++) {
-        const float *x = all + row * n;
-        float *out = result + row * n;
+EXPORT void rms_norm(const float *x, const float *weight, float eps, float *out, int64_t rows, int64_t n) {
+    for (int64_t row = 0; row < rows; row++, x += n, out += n) {
         float part[16] = {0}, sum = 0.0f; /* as many sums at a time as the processor likes */
         int64_t i = 0;
         for (; i + 16 <= n; i += 16)

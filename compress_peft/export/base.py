@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from compress_peft.models.foreign.base import Refusal, integer_zeros
 from compress_peft.models.layers import is_encoder_decoder
 from compress_peft.registry import Method, Registry
 from compress_peft.weights import AffineWeight, CompressedWeight
+from compress_peft.weights.dense import use_kernels
 from compress_peft.weights.storage import Spec
 
 PROBE_TOKENS = 32
@@ -62,6 +64,9 @@ def grouped(refusals: dict[str, Refusal]) -> list[Problem]:
 def verify_reloaded(model: nn.Module, reloaded: nn.Module, tolerance: float, where: str) -> dict[str, Any]:
     """Compare a model with what was read back from its export: codes bit for bit, logits on fixed random tokens.
 
+    A model without an adapter gets this project's kernels, as what is read back has them: sums in another order would
+    be a difference.
+
     Raises:
         CorruptFile: naming the layers whose codes differ, or the difference of the logits.
     """
@@ -70,6 +75,8 @@ def verify_reloaded(model: nn.Module, reloaded: nn.Module, tolerance: float, whe
     if different:
         what = f"{len(different)} of {len(before)} compressed weights were read back differently: {different[:5]}"
         raise CorruptFile(Problem(where, what, "export again; if it happens again, the disk or the format is at fault"))
+    if not isinstance(model, PeftModel):  # its own layers stay as they are in training, in what is read back too
+        use_kernels(model)
     gap = logit_gap(model, reloaded)
     if not gap <= tolerance:
         what = f"the logits differ by {gap:.2e} of the largest, the format allows {tolerance:.0e}"

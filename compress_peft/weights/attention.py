@@ -21,8 +21,8 @@ from compress_peft.weights.listeners import nobody_listens
 NAME = "sdpa_or_kernel"
 PLAIN = "sdpa"
 
-WIDEST = 256
-"""Numbers a head that the kernel for many queries has room for."""
+FEWEST, WIDEST = 64, 256
+"""Queries from which the kernel for many pays, and numbers a head that it has room for."""
 
 
 def use_kernel(model: nn.Module) -> None:
@@ -71,7 +71,7 @@ def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     rows, heads, queries, dim = query.shape
     one = queries == 1 and dim % 8 == 0 and query.is_contiguous()
     return (
-        (one or (queries > 1 and dim % 16 == 0 and dim <= WIDEST))
+        (one or (queries >= FEWEST and dim % 16 == 0 and dim <= WIDEST))
         and key.shape == value.shape
         and (key.shape[0], key.shape[3]) == (rows, dim)
         and key.shape[2] > 0

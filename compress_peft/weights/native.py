@@ -45,7 +45,7 @@ def _library() -> ctypes.CDLL | None:
     library.affine_dequantize.restype = None
     library.affine_matmul.argtypes = [*affine, pointer, pointer, size, size, size, integer, integer]
     library.dense_matmul.argtypes = [pointer] * 4 + [size] * 3 + [integer, integer]
-    library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size, integer]
+    library.rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size]
     library.rms_norm.restype = None
     strides = ctypes.POINTER(size * 3)
     run: list[Any] = [ctypes.c_float, integer, integer]
@@ -202,8 +202,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     library = _library()
     assert library is not None
     size = weight.numel()
-    rows, threads = x.numel() // max(size, 1), torch.get_num_threads()
-    library.rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), rows, size, threads)
+    library.rms_norm(x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.numel() // max(size, 1), size)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:

@@ -1,5 +1,5 @@
-"""RMS norms in float32 on the CPU, by one call of the C kernel (csrc/norm.c): written in torch they are six operations,
-which in decoding take longer to start than to run."""
+"""RMS norms of few rows in float32 on the CPU, by one call of the C kernel (csrc/norm.c): written in torch they are six
+operations, which in decoding take longer to start than to run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_peft.weights import native
+from compress_peft.weights.kernels import FEW_ROWS
 from compress_peft.weights.listeners import nobody_listens, plain
 
 
@@ -33,6 +34,7 @@ def forward(self: Any, hidden_states: Tensor) -> Tensor:
     if (
         type(x) is Tensor
         and type(weight) is nn.Parameter
+        and x.numel() <= FEW_ROWS * weight.numel()
         and plain(x)
         and plain(weight)
         and x.shape[-1] == weight.numel()

@@ -9,6 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from compress_peft.errors import ConfigError, CorruptFile, ModelError
@@ -19,7 +20,7 @@ from compress_peft.models.random_model import byte_tokenizer
 from compress_peft.models.verify import MANIFEST
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.tensors.int32 import pack_words, unpack_words
-from compress_peft.weights import AffineWeight, NF4Weight
+from compress_peft.weights import AffineWeight, NF4Weight, native, products
 from tests.conftest import build_tiny_llama
 
 
@@ -127,6 +128,16 @@ def test_verification_sees_one_changed_code(tmp_path: Path) -> None:
         load(tmp_path / "model")
     with pytest.raises(CorruptFile, match=r"1 of 14 .*layers.1.mlp.up_proj"):
         verify_reloaded(model, load(tmp_path / "model", verify=False)[0], 1.0, "here")
+
+
+@pytest.mark.skipif(not native.has_dense(), reason="there are no C kernels here")
+def test_a_model_without_kernels_is_not_taken_for_another(tmp_path, monkeypatch):
+    """Sums in another order, as a model has that transformers loaded and not `load`, are no damage."""
+    monkeypatch.setattr(products, "linear", lambda *given: functional.linear(*given) * (1 + 1e-6))
+    model = build_tiny_llama()
+    quantize_model(model, QUANTIZERS.create("rtn", group_size=32))
+    EXPORTERS.create("compressed-tensors").export(model, byte_tokenizer(), tmp_path / "model")
+    assert verify_reloaded(model, load(tmp_path / "model")[0], 0.0, "here")["largest_logit_difference"] == 0
 
 
 def test_transformers_loads_the_bitsandbytes_folder_as_if_it_had_quantized_itself(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def calls(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen2RMSNorm, T5LayerNorm])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7), (1, 16), (2, 2, 33), (16, 576), (1, 4096), (2, 300, 576)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7), (1, 16), (2, 2, 33), (16, 576), (1, 4096)])
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_it_is_the_formula(kind, shape, eps, calls):
     norm = make(kind, shape[-1], eps)
@@ -74,6 +74,7 @@ def test_what_the_kernel_cannot_do_goes_to_torch(calls):
         rows = torch.randn(2, 200)
         calls.clear()
         assert torch.allclose(norm(rows[:, ::2]), norm(rows[:, ::2].contiguous()), atol=1e-5) and len(calls) == 1
+        assert norm(torch.randn(17, 100)).shape == (17, 100)
         assert norm(x.bfloat16()).dtype == torch.promote_types(torch.bfloat16, norm.weight.dtype)
         with torch.autocast("cpu", torch.bfloat16):
             norm(x)

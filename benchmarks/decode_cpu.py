@@ -2,30 +2,32 @@
 
     python benchmarks/decode_cpu.py --model FOLDER [--text-dir FOLDER] [--repeats 5] [--tokens 32]
 
-First single products, 4096 x 11008 with 1, 4, 16 and 512 rows of activations, on each grid (groups of 64); then the
-whole model: decoding through transformers' generate, and prefill of 512 tokens, with NF4 and int4, the head dense or
-as 8-bit codes (head_bits: 8). "dense" is plain torch; "dense, own way" has layers as `load` makes them: the C kernel
-for up to 16 rows, and for more the library that is the faster one on this processor. Compare ratios within one run on
-a quiet machine only.
+First single products, 4096 x 11008 with 1, 4, 16 and 512 rows of activations, on each grid (groups of 64), and
+attention of 9 heads of 64 on 3 of keys and values; then the whole model: decoding through transformers' generate, and
+prefill of 512 tokens, with NF4 and int4, the head dense or as 8-bit codes (head_bits: 8). "dense" is plain torch;
+"dense, own way" has layers as `load` makes them: the C kernel for up to 16 rows, and for more the library that is the
+faster one on this processor, and for attention C kernels. Compare ratios within one run on a quiet machine only.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).parent))
 from nf4_cpu import Variants, bandwidth, find_model, find_text, measure, report, text_blocks
 
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.quantization.head import quantize_head
-from compress_peft.weights import kernels
+from compress_peft.weights import attention, kernels
 from compress_peft.weights.dense import use_kernels
 
 GRIDS = {
@@ -45,6 +47,20 @@ def products(repeats: int) -> None:
         variants: Variants = {"dense": lambda x=x: functional.linear(x, weight), "dense, own way": lambda x=x: layer(x)}
         variants |= {name: (lambda w=w, x=x: functional.linear(x, w)) for name, w in compressed.items()}
         report(f"linear 4096 x 11008, {rows} row(s)", measure(variants, 3 * repeats), "ms", lambda s: s * 1e3)
+
+
+def attentions(repeats: int) -> None:
+    module = nn.Module()
+    module.num_key_value_groups = 3  # type: ignore[assignment]
+    ways = {"dense": sdpa_attention_forward, "dense, own way": attention.forward}
+    for queries, tokens in ((1, 512), (1, 2048), (512, 512), (2048, 2048)):
+        given = [torch.randn(1, heads, count, 64) for heads, count in ((9, queries), (3, tokens), (3, tokens))]
+        variants: Variants = {
+            name: functools.partial(attend, module, *given, attention_mask=None) for name, attend in ways.items()
+        }
+        report(
+            f"attention, {queries} queries, {tokens} tokens", measure(variants, 3 * repeats), "ms", lambda s: s * 1e3
+        )
 
 
 def variants_of(dense: nn.Module) -> dict[str, nn.Module]:
@@ -76,6 +92,7 @@ def main() -> None:
     print(f"{kernels.active('cpu')}; torch {torch.__version__}; reading: {bandwidth() / 1e9:.1f} GB/s")
     print(f"{arguments.repeats} repeats, variants in turn; median (fastest .. slowest)\n")
     products(arguments.repeats)
+    attentions(arguments.repeats)
     dense, tokenizer = find_model(arguments.model)
     blocks = text_blocks(find_text(arguments.text_dir), tokenizer, 1)
     models = variants_of(dense)

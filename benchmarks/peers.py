@@ -11,7 +11,8 @@ group_size null is one group a row. The model is left with weights that are roun
 evaluates them. They need packages that do not install beside the tested set with their dependencies; pip install
 --no-deps in an environment of its own that sees this one's packages, and name its Python with --peer-python:
 llmcompressor==0.14.0 compressed-tensors loguru auto-round==0.16.1 py-cpuinfo threadpoolctl, and for gptqmodel==7.7.0
-(with --no-build-isolation) logbar tokenicer device-smi pypcre defuser torchao==0.18.0 protobuf ninja dill pillow.
+(with --no-build-isolation and setuptools from 77 on) logbar tokenicer device-smi pypcre defuser torchao==0.18.0
+protobuf ninja dill pillow.
 """
 
 from __future__ import annotations

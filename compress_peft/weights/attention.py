@@ -56,7 +56,7 @@ def forward(
         and (attention_mask is None or _takes_mask(attention_mask, rows, queries, key.shape[2]))
         and (not causal or queries == key.shape[2])
     ):
-        scale = dim**-0.5 if scaling is None else scaling
+        scale = dim**-0.5 if scaling is None else float(scaling)
         out = query.new_empty((rows, queries, heads, dim))
         if queries == 1:
             native.attention(query, key, value, attention_mask, scale, out)

@@ -3,7 +3,7 @@
     python -m benchmarks.other_loaders --model FOLDER [--tokens 64] [--json FILE]
     python -m benchmarks.other_loaders --model FOLDER --methods minitron flap --tokens 32
 
-Each row quantizes the model in FOLDER, or takes a fifth of its blocks away (minitron, flap), exports it and loads the
+Each row quantizes the model in FOLDER, or takes a fifth of its blocks away (flap, ...), exports it and loads the
 result with a loader that is not ours: transformers (compressed-tensors, bitsandbytes), gptqmodel (GPTQ; its kernel in
 plain torch computes in float16) and llama.cpp (GGUF, through llama-cpp-python). Loaders that are not installed are
 listed as such. Printed: the largest difference of a weight and of a logit, over the largest there is, and how many
@@ -44,8 +44,7 @@ ROWS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("", {}, "gguf", {"dense": "f32"}),
     ("rtn", {"group_size": 64, "symmetric": True}, "gguf", {"dense": "f32"}),
     ("rtn", {"group_size": 32}, "gguf", {"dense": "f32", "requantize": True}),
-    ("minitron", {"sparsity": 0.2}, "gguf", {"dense": "f32"}),
-    ("flap", {"sparsity": 0.2}, "gguf", {"dense": "f32"}),
+    *((name, {"sparsity": 0.2}, "gguf", {"dense": "f32"}) for name in SHRINKERS),
 ]
 METHODS = sorted({row[0] or "dense" for row in ROWS})
 LOADERS = {

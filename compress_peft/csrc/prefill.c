@@ -1,6 +1,5 @@
 /* Attention of many queries, in tiles of which no more than the scores of one are held (FlashAttention, Dao et al. 2022,
-   arXiv 2205.14135, algorithm 1). torch's kernel leaves its products to MKL, which on processors that are not Intel's
-   takes a generic way. */
+   arXiv 2205.14135, algorithm 1). benchmarks/decode_cpu.py has torch's beside it. */
 
 #include <float.h>
 #include <math.h>

@@ -124,18 +124,20 @@ def tasks(folder: Path, count: int) -> tuple[list[Example], list[Example]]:
 
 def quality(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, float]:
     text = find_text(arguments.text_dir)
-    found = perplexity(model, tokenizer, articles(text, held_out=True), max_blocks=arguments.blocks, progress=False)
+    size = 2 if arguments.device == "cpu" else 8  # a GPU that several processes share likes few, large batches
+    options: Any = {"batch_size": size, "progress": False}
+    found = perplexity(model, tokenizer, articles(text, held_out=True), max_blocks=arguments.blocks, **options)
     row = {"perplexity": found.value}
     if arguments.gsm8k_blocks:
         problems = [f"{each['question']}\n{each['answer']}" for each in NAMED["gsm8k"].read(NAMED["gsm8k"].folder())]
-        row["gsm8k"] = perplexity(model, tokenizer, problems, max_blocks=arguments.gsm8k_blocks, progress=False).value
+        row["gsm8k"] = perplexity(model, tokenizer, problems, max_blocks=arguments.gsm8k_blocks, **options).value
     if arguments.examples:
         topics, headlines = tasks(text, arguments.examples)
-        row["topic"] = evaluate_choices(model, tokenizer, topics, progress=False)[0].value
-        row["headline"] = evaluate_choices(model, tokenizer, headlines, progress=False)[1].value
-        written = generate_answers(
-            model, tokenizer, headlines, max_new_tokens=20, batch_size=20, stop=("\n",), progress=False
-        )
+        options["batch_size"] *= 4
+        row["topic"] = evaluate_choices(model, tokenizer, topics, **options)[0].value
+        row["headline"] = evaluate_choices(model, tokenizer, headlines, **options)[1].value
+        options["batch_size"] = 20 if arguments.device == "cpu" else 50
+        written = generate_answers(model, tokenizer, headlines, max_new_tokens=20, stop=("\n",), **options)
         row["rouge_l"] = rouge_l(written, [[example.response.strip()] for example in headlines]).value
     return row
 

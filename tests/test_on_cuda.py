@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from compress_peft.adapters import ADAPTERS
 from compress_peft.loading import load
 from compress_peft.models.faster_generate import faster_generate
+from compress_peft.models.random_model import byte_tokenizer
 from compress_peft.models.walk import BlockWalk
 from compress_peft.pruning import PRUNERS, prune_model
 from compress_peft.pruning.structured import SHRINKERS, shrink_model
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.quantization.quarot import rotate_model
+from compress_peft.training import TrainingSettings, train
 from compress_peft.weights import CompressedWeight
 from eval.records import RunReport
 from pipelines.run import EXIT_DONE, main
@@ -165,6 +168,20 @@ def test_a_whole_run(dtype: str, recipe: dict[str, Any], tmp_path: Path) -> None
     model, tokenizer = load(out / "steps" / "04-export" / "model", DEVICE)
     prompt = tokenizer("number 1 is red\nTopic:", return_tensors="pt").to(DEVICE)
     assert model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1] <= prompt.input_ids.shape[1] + 5
+
+
+@pytest.mark.parametrize("length", [64, 192, 100])
+def test_padded_rows_leave_the_gradients_finite(length: int, tmp_path: Path) -> None:
+    """Of 64 tokens more than a multiple of 128, cuDNN's attention makes NaN of padded rows on Hopper GPUs."""
+    model = build_tiny_llama(hidden_size=256, max_position_embeddings=256).to(DEVICE, torch.bfloat16)
+    adapter = ADAPTERS.create("lora", r=4)
+    model = adapter.attach(model)
+    draw = torch.Generator().manual_seed(0)
+    rows = [(torch.randint(3, 128, (size - 2,), generator=draw).tolist(), [5, 9]) for size in (length, length // 2)]
+    settings = TrainingSettings(max_steps=4, batch_size=2, eval_steps=4, patience=None, warmup=0)
+    where: dict[str, Any] = {"max_length": 256, "seed": 0, "checkpoints": tmp_path, "adapter": adapter}
+    train(model, byte_tokenizer(), rows, rows, settings, **where)  # which refuses NaN
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_distillation(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,19 @@ class TrainingResult:
     trainable_parameters: int
 
 
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Training without cuDNN's attention, which torch prefers on Hopper GPUs: from torch 2.11 on its gradient is NaN
+    for padded batches of 64 tokens more than a multiple of 128 (github.com/pytorch/pytorch/issues/196678)."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@without_cudnn_attention()
 def train(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -59,7 +73,7 @@ def train(
     Continues from the newest checkpoint under `checkpoints`, to the same result as without interruption.
 
     Raises:
-        ModelError: nothing to train, or the loss is not finite.
+        ModelError: nothing to train, or loss or gradient are not finite.
         MissingRequirement: started in several processes.
     """
     if not trainable(model):
@@ -195,20 +209,25 @@ def _step(
         value = hooks.training_loss(model, batch.to(accelerator.device), loss) / count
         accelerator.backward(value)
         total += value.item()
-    if not math.isfinite(total):
-        fix = "lower training.learning_rate, or check the data and the backbone for infinities"
-        raise ModelError(Problem("finetune", f"the training loss became {total}", fix))
+    _check("loss", total)
     penalty = hooks.training_penalty(model, *place)
     if penalty is not None:
         accelerator.backward(penalty)
     hooks.after_backward(model, *place)
     if max_grad_norm:
-        accelerator.clip_grad_norm_(trainable(model).values(), max_grad_norm)
+        _check("gradient", float(accelerator.clip_grad_norm_(trainable(model).values(), max_grad_norm)))
     optimizer.step()
     hooks.after_step(model, *place)
     hooks.change_optimizer(optimizer.optimizer, *place)
     optimizer.zero_grad()
     return total
+
+
+def _check(what: str, value: float) -> None:
+    """Before the optimizer's step, so that the weights stay those of the step before."""
+    if not math.isfinite(value):
+        fix = "lower training.learning_rate, or check the data and the backbone for infinities"
+        raise ModelError(Problem("finetune", f"the training {what} became {value}", fix))
 
 
 def _evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -164,6 +165,33 @@ def test_a_diverging_loss_stops_with_the_key_to_change(tmp_path: Path) -> None:
         next(iter(trainable(model).values())).fill_(float("nan"))
     with pytest.raises(ModelError, match=r"training\.learning_rate"):
         run(model, tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path: Path) -> None:
+    model = adapted()
+    name, parameter = next(iter(trainable(model).items()))
+    parameter.register_hook(lambda gradient: gradient * torch.nan)
+    before = {key: value.clone() for key, value in trainable(model).items()}
+    with pytest.raises(ModelError, match="gradient became nan"):
+        run(model, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in trainable(model).items()), name
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_cudnn_attention_is_off_while_it_trains(tmp_path: Path, fails: bool) -> None:
+    seen = []
+
+    def look(module, inputs) -> None:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        if fails:
+            raise ZeroDivisionError
+
+    model = adapted()
+    model.register_forward_pre_hook(look)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        run(model, tmp_path)
+    assert seen and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_nothing_to_train_is_an_error(tmp_path: Path) -> None:

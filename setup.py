@@ -37,9 +37,10 @@ class BuildKernels(build_ext):
 
 FOLDER = Path("compress_peft", "csrc")
 SOURCES = [
-    str(FOLDER / name) for name in ("cpu.c", "nf4.c", "affine.c", "dense.c", "norm.c", "attention.c", "prefill.c")
+    str(FOLDER / name)
+    for name in ("cpu.c", "nf4.c", "affine.c", "dense.c", "norm.c", "attention.c", "prefill.c", "block.c")
 ]
-HEADERS = [str(FOLDER / name) for name in ("common.h", "affine_x86.h", "exp_x86.h", "prefill_x86.h")]
+HEADERS = [str(FOLDER / name) for name in ("common.h", "kernels.h", "affine_x86.h", "exp_x86.h", "prefill_x86.h")]
 
 setup(
     ext_modules=[Extension("compress_peft._kernels", SOURCES, depends=HEADERS, optional=True)],

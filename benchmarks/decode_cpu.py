@@ -28,7 +28,7 @@ from nf4_cpu import Variants, bandwidth, find_model, find_text, measure, report,
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.quantization.head import quantize_head
 from compress_peft.weights import attention, kernels
-from compress_peft.weights.dense import use_kernels
+from compress_peft.weights.inference import use_kernels
 
 GRIDS = {
     "nf4": ("nf4", {}),

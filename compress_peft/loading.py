@@ -18,7 +18,7 @@ from compress_peft.models.foreign import load_foreign
 from compress_peft.models.processes import local_rank
 from compress_peft.models.sources import missing_source
 from compress_peft.models.verify import MANIFEST, verify_folder
-from compress_peft.weights.dense import use_kernels
+from compress_peft.weights.inference import use_kernels
 
 
 def choose_device(wanted: str = "auto") -> torch.device:

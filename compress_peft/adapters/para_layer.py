@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compress_peft.errors import ConfigError, DataError, ModelError, Problem
 from compress_peft.models.prompts import NO_PROMPT
+from compress_peft.weights.blocks import OutputScaler
 
 SCALED = ("q_proj", "v_proj", "up_proj")
 """The linear layers of a block whose outputs are multiplied, in the order of the split of eq. 6."""
@@ -79,7 +80,7 @@ def scaled_linears(name: str, block: nn.Module) -> tuple[dict[str, tuple[str, nn
     return {role: modules[0] for role, modules in found.items() if modules}, problems
 
 
-class ParaLayer(GradientCheckpointingLayer, BaseTunerLayer):
+class ParaLayer(GradientCheckpointingLayer, BaseTunerLayer, OutputScaler):
     """A decoder block with its vector generators, one for each named adapter.
 
     It is checkpointed in place of the block, so that a recomputation makes the vectors again.
@@ -229,6 +230,12 @@ class ParaLayer(GradientCheckpointingLayer, BaseTunerLayer):
     def _up(self, *args: Any, **kwargs: Any) -> Tensor:
         output = self._plain[2](*args, **kwargs)
         return _times(output, self._current[0][2]) if self._current else output
+
+    def former_forward(self, layer: nn.Module) -> Any:
+        return self._plain[self._scaled.index(layer)]
+
+    def output_scale(self, layer: nn.Module) -> Tensor | None:
+        return self._current[0][self._scaled.index(layer)] if self._current else None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ConfigError(CANNOT_MERGE)

@@ -15,7 +15,7 @@ from compress_peft.models.foreign.base import Refusal, integer_zeros
 from compress_peft.models.layers import is_encoder_decoder
 from compress_peft.registry import Method, Registry
 from compress_peft.weights import AffineWeight, CompressedWeight
-from compress_peft.weights.dense import use_kernels
+from compress_peft.weights.inference import use_kernels
 from compress_peft.weights.storage import Spec
 
 PROBE_TOKENS = 32

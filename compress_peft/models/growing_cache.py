@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -52,6 +53,20 @@ class GrowingLayer(DynamicLayer):
         values = self.values = for_values.append(self.values, value_states)
         return keys, values
 
+    def extend(self, rows: int, heads: int, width: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values with a place for one token more each, not written yet; None where the layer does not hold
+        (rows, heads, tokens, width) in float32 on the CPU."""
+        if not self.is_initialized:
+            return None
+        for held in (self.keys, self.values):
+            given, _, there, wide = held.shape if held.dim() == 4 else (0, 0, 0, 0)
+            fits = (given, held.shape[1], wide) == (rows, heads, width) and there > 0
+            if not fits or held.dtype is not torch.float32 or not held.is_cpu:
+                return None
+        for_keys, for_values = self._rooms
+        self.keys, self.values = for_keys.grow(self.keys, 1), for_values.grow(self.values, 1)
+        return self.keys, self.values
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self._beams == 1:
@@ -93,13 +108,20 @@ class _Room:
 
     def append(self, held: Tensor, new: Tensor) -> Tensor:
         """held followed by new, (rows, heads, tokens + new tokens, width)."""
-        start = held.shape[-2] if held.numel() else 0
-        end = start + new.shape[-2]
+        if not held.numel():
+            held = new[:, :, :0]
+        tokens = new.shape[-2]
+        filled = self.grow(held, tokens)
+        filled.narrow(2, filled.shape[2] - tokens, tokens).copy_(new)  # by index it would take twice as long to start
+        return filled
+
+    def grow(self, held: Tensor, tokens: int) -> Tensor:
+        """held followed by places that are not written yet."""
+        rows, heads, start, width = held.shape
+        end = start + tokens
         if self.whole is None or held is not self.filled or end > self.whole.shape[-2]:
-            rows, heads, _, width = new.shape
-            self.whole = new.new_empty(rows, heads, end + ROOM + end // 8, width)
+            self.whole = held.new_empty(rows, heads, end + ROOM + end // 8, width)
             if start:
                 self.whole[:, :, :start] = held
-        self.whole.narrow(2, start, end - start).copy_(new)  # by index it would take twice as long to start
         self.filled = self.whole.narrow(2, 0, end)
         return self.filled

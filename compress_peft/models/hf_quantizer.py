@@ -20,7 +20,7 @@ from compress_peft.errors import CorruptFile, MissingRequirement, Problem
 from compress_peft.models.faster_generate import faster_generate
 from compress_peft.weights import CompressedWeight
 from compress_peft.weights.compressed import dtype_name, stored_bits
-from compress_peft.weights.dense import use_kernels
+from compress_peft.weights.inference import use_kernels
 from compress_peft.weights.storage import Spec, join_weight, split_state_dict, stored_name
 
 METHOD = "compress_peft"

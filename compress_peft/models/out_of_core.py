@@ -34,7 +34,7 @@ from compress_peft.models.shards import INDEX, disk_error, read_header, write_sh
 from compress_peft.models.verify import MANIFEST, sha256, verify_folder, write_manifest
 from compress_peft.models.walk import BlockTurn, BlockWalk
 from compress_peft.weights import CompressedWeight
-from compress_peft.weights.dense import use_kernels
+from compress_peft.weights.inference import use_kernels
 from compress_peft.weights.storage import Spec, join_weight, split_state_dict
 
 ACTIVATIONS_IN_MEMORY = 1 << 30

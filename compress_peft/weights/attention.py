@@ -53,7 +53,7 @@ def forward(
         and not any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap"))
         and nobody_listens(query, key, value)
         and _takes(query, key, value)
-        and (attention_mask is None or _takes_mask(attention_mask, rows, queries, key.shape[2]))
+        and (attention_mask is None or takes_mask(attention_mask, rows, queries, key.shape[2]))
         and (not causal or queries == key.shape[2])
     ):
         scale = dim**-0.5 if scaling is None else float(scaling)
@@ -80,7 +80,7 @@ def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _takes_mask(mask: Tensor, rows: int, queries: int, tokens: int) -> bool:
+def takes_mask(mask: Tensor, rows: int, queries: int, tokens: int) -> bool:
     shape = (mask.shape[0], 1, queries, tokens)
     dense = tokens == 1 or mask.stride(-1) == 1
     return mask.dtype is torch.bool and mask.is_cpu and mask.shape == shape and shape[0] in (1, rows) and dense

@@ -51,6 +51,10 @@ def _library() -> ctypes.CDLL | None:
     run: list[Any] = [ctypes.c_float, integer, integer]
     library.attention.argtypes = [*[pointer] * 5, *[size] * 5, strides, strides, size, *run]
     library.prefill.argtypes = [*[pointer] * 5, *[size] * 6, strides, strides, strides, size, size, integer, *run]
+    library.decode_block.argtypes = [
+        pointer, pointer, pointer, size, pointer, pointer, size, pointer, pointer, size, strides, strides, pointer,
+        size, integer, integer,
+    ]  # fmt: skip
     return library
 
 
@@ -270,6 +274,45 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     )
     if failed:
         raise MemoryError(f"no memory for a copy of {k.numel()} numbers of the keys")
+
+
+def decode_block(
+    block: ctypes.Structure,
+    x: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+) -> None:
+    """A block of a decoder at one token of each row, see csrc/block.c, into out (rows, 1, hidden); `has_dense()`.
+
+    block: blocks._Block. x, cosine, sine: as `blocks._Plan.run` takes them, contiguous. keys, values: (rows, kv_heads,
+    tokens, dim), of which the last token is written here. mask: as in `attention`.
+    """
+    library = _library()
+    assert library is not None
+    failed = library.decode_block(
+        ctypes.addressof(block),
+        x.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        cosine.data_ptr(),
+        sine.data_ptr(),
+        cosine.shape[2] if cosine.shape[0] > 1 else 0,
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.shape[2],
+        _strides(keys),
+        _strides(values),
+        None if mask is None else mask.data_ptr(),
+        _row_stride(mask),
+        _ISA[available() or "portable"],
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a block at {x.shape[0]} tokens, or for its scores of {keys.shape[2]} tokens")
 
 
 def _row_stride(mask: Tensor | None) -> int:

@@ -14,7 +14,7 @@ from compress_peft.quantization import QUANTIZERS
 from compress_peft.quantization.apply import quantize_model
 from compress_peft.quantization.head import quantize_head
 from compress_peft.weights import CompressedWeight
-from compress_peft.weights.dense import use_kernels
+from compress_peft.weights.inference import use_kernels
 from eval.storage import measure_storage
 from tests.conftest import build_tiny_llama
 

@@ -13,7 +13,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from compress_peft.adapters import ADAPTERS
 from compress_peft.weights import native, norms
-from compress_peft.weights.dense import use_kernels
+from compress_peft.weights.inference import use_kernels
 from tests.adapters.helpers import prompts
 from tests.conftest import build_tiny_llama
 

@@ -92,7 +92,7 @@ INLINE AVX2 float top_avx2(__m256 v) {
 
 /* q (rows, heads, queries, dim), k and v (rows, kv_heads, tokens, dim), each with strides[3] of row, head and token in
    floats; out (rows, queries, heads, dim) without gaps. mask: bytes 0 or 1, mask_row and mask_query apart, or NULL.
-   causal: a query sees the tokens up to its own number. dim is a multiple of 16 up to MAX_DIM, kv_heads divides heads.
+   causal: a query sees the tokens up to its own number. Of a query that sees none, out is 0. dim is a multiple of 16 up to MAX_DIM, kv_heads divides heads.
    Returns 0, 1 where the processor lacks AVX2, 2 where there is no memory. */
 EXPORT int prefill(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, int64_t rows,
                    int64_t heads, int64_t kv_heads, int64_t queries, int64_t tokens, int64_t dim,

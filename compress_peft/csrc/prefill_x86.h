@@ -86,6 +86,7 @@ TARGET static void ISA(attend)(const Prefill *p, int64_t row, int64_t head, int6
     }
     for (int64_t r = 0; r < count; r++) {
         float *to = p->out + ((row * p->queries + start + r) * p->heads + head) * dim;
-        for (int64_t i = 0; i < dim; i++) to[i] = out[r * dim + i] / sum[r];
+        const int blind = largest[r] <= -FLT_MAX && sum[r] == sum[r]; /* has seen no key: padding; NaN stays NaN */
+        for (int64_t i = 0; i < dim; i++) to[i] = blind ? 0.0f : out[r * dim + i] / sum[r];
     }
 }

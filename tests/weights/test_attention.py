@@ -139,6 +139,41 @@ def test_it_is_the_formula_for_many_queries(shape, kind, isa, calls, monkeypatch
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("padding", [3, 47, 48, 64, 101, 129])
+def test_padding_is_zero_and_stays_out(padding, isa, calls, monkeypatch):
+    """Queries of padding at the start see nothing: a number that is none there would reach all others a block later."""
+    if isa == "avx512" and native.available() != "avx512":
+        pytest.skip("this processor has no AVX-512")
+    monkeypatch.setattr(native, "available", lambda: isa)
+    query, key, value = many_inputs(2, 4, 2, 130, 130, 32)
+    seen = torch.ones(2, 1, 130, 130, dtype=torch.bool).tril()
+    seen[0, :, :, :padding] = False
+    got, _ = attention.forward(torch.nn.Module(), query, key, value, seen)
+    want = exact(query, key, value, seen).nan_to_num(0)
+    assert not want[0, :padding].any() and calls == [130]
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+    value[1, 0, 5, 3] = torch.nan
+    key[0, 1, 129] = torch.nan
+    broken, _ = attention.forward(torch.nn.Module(), query, key, value, seen)
+    assert broken[1, 5:, :2, 3].isnan().all() and broken[0, 129, 2:].isnan().all()
+    assert torch.equal(broken[0, :129], got[0, :129])
+
+
+@torch.no_grad()
+def test_a_model_reads_rows_with_much_padding():
+    plain, quick = build_tiny_llama(), build_tiny_llama()
+    use_kernels(quick)
+    ids = torch.randint(3, 128, (3, 120), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(120) >= torch.tensor([[0], [50], [110]])).long()
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    want, got = (
+        model(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits for model in (plain, quick)
+    )
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_queries_behind_a_cache(calls):
     query, key, value = many_inputs(2, 4, 2, 65, 90, 32)
     seen = torch.arange(90) <= 25 + torch.arange(65)[:, None]

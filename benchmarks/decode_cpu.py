@@ -6,7 +6,8 @@ First single products, 4096 x 11008 with 1, 4, 16 and 512 rows of activations, o
 attention of 9 heads of 64 on 3 of keys and values; then the whole model: decoding through transformers' generate, and
 prefill of 512 tokens, with NF4 and int4, the head dense or as 8-bit codes (head_bits: 8). "dense" is plain torch;
 "dense, own way" has layers as `load` makes them: the C kernel for up to 16 rows, and for more the library that is the
-faster one on this processor, and for attention C kernels. Compare ratios within one run on a quiet machine only.
+faster one on this processor, and C kernels for attention and for whole blocks at one token. Compare ratios within one
+run on a quiet machine only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 sys.path.insert(0, str(Path(__file__).parent))
 from nf4_cpu import Variants, bandwidth, find_model, find_text, measure, report, text_blocks
 
+from compress_peft.models.faster_generate import faster_generate
 from compress_peft.quantization import QUANTIZERS, quantize_model
 from compress_peft.quantization.head import quantize_head
 from compress_peft.weights import attention, kernels
@@ -63,9 +65,14 @@ def attentions(repeats: int) -> None:
         )
 
 
+def as_loaded(model: nn.Module) -> None:
+    use_kernels(model)
+    faster_generate(model)
+
+
 def variants_of(dense: nn.Module) -> dict[str, nn.Module]:
     found = {"dense": dense, "dense, own way": copy.deepcopy(dense)}
-    use_kernels(found["dense, own way"])
+    as_loaded(found["dense, own way"])
     for name in ("nf4", "int4"):
         method, settings = GRIDS[name]
         for head in (None, 8):
@@ -73,7 +80,7 @@ def variants_of(dense: nn.Module) -> dict[str, nn.Module]:
             quantize_model(model, QUANTIZERS.create(method, **settings), progress=False)
             if head:
                 quantize_head(model, head)
-            use_kernels(model)
+            as_loaded(model)
             found[name + (f"+head{head}" if head else "")] = model
     return found
 

@@ -84,7 +84,7 @@ def use_kernel(model: nn.Module) -> None:
 
 def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """In place of the block's own; (rows, tokens, hidden) -> (rows, tokens, hidden)."""
-    if not args and hidden_states.shape[1:2] == (1,) and not torch.is_grad_enabled():
+    if hidden_states.shape[1:2] == (1,) and not (args or self.training or torch.is_grad_enabled()):
         out = _decode(self, hidden_states, **kwargs)
         if out is not None:
             return out

@@ -301,6 +301,8 @@ def test_what_goes_the_usual_way(calls):
     model.set_attn_implementation("sdpa")
     close(decoded(model), want)
     model.set_attn_implementation(blocks.USED)
+    close(decoded(model.train()), want)
+    model.eval()
     with torch.autocast("cpu", torch.bfloat16):
         decoded(model)
     decoded(build_tiny_llama().bfloat16())

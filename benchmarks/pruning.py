@@ -160,14 +160,15 @@ def recover(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
 
 
 @torch.inference_mode()
-def times(models: dict[str, nn.Module], prompt: int = 512, new: int = 32, repeats: int = 9) -> dict[str, list[float]]:
-    """Seconds of a prefill and of decoding one token, medians, the models in turn. Without the head."""
+def times(models: dict[str, nn.Module], prompt: int = 512, new: int = 32, repeats: int = 11) -> dict[str, list[float]]:
+    """Seconds of a prefill and of decoding one token, medians, the models in turn, in another order each time: whoever
+    follows the largest is slower. Without the head."""
     device = next(next(iter(models.values())).parameters()).device
     ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     for repeat in range(repeats + 1):
-        for name, model in models.items():
+        for name, model in random.Random(repeat).sample(list(models.items()), len(models)):
             backbone: Any = model.base_model
             wait()
             start = time.perf_counter()

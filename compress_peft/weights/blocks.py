@@ -127,23 +127,19 @@ class _Part:
         if former is not None and getattr(former, "__func__", None) is not function:
             raise _Unfit
         self.inside, self.name = inside, name
+        self.biased = module._parameters.get("bias") is not None
         self.module = weakref.ref(module)
         self.forward = None if replaced is None else weakref.ref(replaced)
-        self.parameters: list[tuple[str, Any, int | None, torch.Size | None]] = []
-        """(name, weak reference, address and shape of plain ones)"""
-        self.product: Any = None
+        self.plain: list[tuple[str, int, torch.Size]] = []
+        """(name, address, shape) of parameters that the C function reads as they are. No references, not even weak
+        ones, with which a model of compressed weights could not be moved (torch.utils.swap_tensors)."""
+        self.product: weakref.ref[FewRows] | None = None
 
-    def expect(self, name: str, tensor: Tensor | None, is_plain: bool = True) -> int | None:
-        """Writes the parameter down; its address where it is plain."""
-        if tensor is None:
-            self.parameters.append((name, _nothing, None, None))
-            return None
-        if not is_plain:
-            self.parameters.append((name, weakref.ref(tensor), None, None))
-            return None
-        if type(tensor) is not nn.Parameter or not plain(tensor):
+    def expect(self, name: str, tensor: Tensor) -> int:
+        """Writes down that the parameter is this one; its address."""
+        if not _is_plain(tensor):
             raise _Unfit
-        self.parameters.append((name, weakref.ref(tensor), tensor.data_ptr(), tensor.shape))
+        self.plain.append((name, tensor.data_ptr(), tensor.shape))
         return tensor.data_ptr()
 
     def same(self, module: Any) -> bool:
@@ -156,19 +152,19 @@ class _Part:
         if state["_forward_hooks"] or state["_forward_pre_hooks"]:
             return False
         parameters = state["_parameters"]
-        for name, reference, address, shape in self.parameters:
+        for name, address, shape in self.plain:
             tensor = parameters.get(name)
-            if tensor is not reference() or (tensor is None and reference is not _nothing):
+            if tensor is None or tensor.data_ptr() != address or tensor.shape != shape or not _is_plain(tensor):
                 return False
-            if address is not None and (
-                tensor.data_ptr() != address or tensor.shape != shape or tensor.dtype is not torch.float32
-            ):
+        if self.product is not None:
+            product = self.product()
+            if product is None or getattr(parameters.get("weight"), "product", None) is not product:
                 return False
-        return self.product is None or parameters["weight"].product is self.product()
+        return self.biased is (parameters.get("bias") is not None)
 
 
-def _nothing() -> None:
-    return None
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is nn.Parameter and plain(tensor)
 
 
 class _Plan:
@@ -200,13 +196,12 @@ class _Plan:
         self.parts.append(part)
         to = self._place(name)
         to.n, to.k = weight.shape
-        to.bias = part.expect("bias", layer.bias)
+        to.bias = part.expect("bias", layer.bias) if part.biased else None
         if part.scaled:
             self.scaled.append((part, to))
         if not isinstance(weight, CompressedWeight):
             to.kind, to.tensors[0] = 0, part.expect("weight", weight)
             return
-        part.expect("weight", weight, is_plain=False)
         if weight.product is None:  # not used yet
             weight.forward(torch.zeros(1, to.k))
         product = weight.product

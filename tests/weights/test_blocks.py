@@ -156,6 +156,12 @@ def test_compressed_weights(method, settings, rows, calls):
     calls.clear()
     close(decoded(model, rows), want)
     assert calls == [rows] * 2 * 4
+    decoded(model.to(torch.bfloat16))  # which exchanges the weights for others
+    assert len(calls) == 2 * 4
+    for each in (plain.to(torch.bfloat16), plain, model):
+        each.float()
+    close(decoded(model, rows), decoded(plain, rows))
+    assert calls == [rows] * 2 * 2 * 4
 
 
 @pytest.mark.parametrize("method", ["flap", "shortgpt", "slicegpt", "minitron"])
@@ -233,6 +239,10 @@ def ia3(model: Any) -> None:
     perturb(ADAPTERS.create("ia3").attach(model).eval())
 
 
+def new_bias(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.bias = nn.Parameter(torch.ones(64))
+
+
 def new_norm(model: Any) -> None:
     model.model.layers[0].input_layernorm.weight = nn.Parameter(torch.full((64,), 1.5))
 
@@ -242,7 +252,8 @@ def double(model: Any) -> None:
 
 
 CHANGES = [
-    replaced_data, other_parameter, other_layer, in_place, hook, forward_of_a_layer, lora, ia3, new_norm, double,
+    replaced_data, other_parameter, other_layer, in_place, hook, forward_of_a_layer, lora, ia3, new_bias,
+    new_norm, double,
 ]  # fmt: skip
 
 

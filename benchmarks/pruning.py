@@ -161,8 +161,8 @@ def recover(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
 
 @torch.inference_mode()
 def times(models: dict[str, nn.Module], prompt: int = 512, new: int = 32, repeats: int = 11) -> dict[str, list[float]]:
-    """Seconds of a prefill and of decoding one token, medians, the models in turn, in another order each time: whoever
-    follows the largest is slower. Without the head."""
+    """Seconds of a prefill and of decoding one token, medians, the models in turn, in another order each time, so that
+    none always follows the same other. Without the head."""
     device = next(next(iter(models.values())).parameters()).device
     ids = torch.randint(3, 1000, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None

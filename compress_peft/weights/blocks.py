@@ -75,8 +75,8 @@ class _Unfit(Exception):
 
 
 def use_kernel(model: nn.Module) -> None:
-    """Lets the model's blocks that are built like Llama's call the C function where it can take over. That a class of
-    blocks computes what it computes is found out by trying, at the first token."""
+    """Lets the model's blocks that are built like Llama's call the C function where it can take over. That a block
+    computes what it computes is found out by trying, at its first token."""
     for module in model.modules():
         if {name for name, _ in module.named_children()} == NAMES and "forward" not in vars(module):
             module.forward = types.MethodType(forward, module)  # a method, since copies of the module bind it anew
@@ -280,8 +280,8 @@ class _Plan:
 _plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
 """Not kept in the blocks: copies of these would point at the weights of others."""
 
-_right: dict[tuple[type, type], bool] = {}
-"""By the classes of block and activation: whether the C function computes what such a block does."""
+_right: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+"""Whether the C function computes what the block does. Its class does not tell: factors may stand in its config."""
 
 
 def _plan(block: Any, rows: int) -> _Plan | None:
@@ -296,10 +296,9 @@ def _plan(block: Any, rows: int) -> _Plan | None:
         return None
     if not plan.holds(block):
         return None
-    kind = (type(block), type(block.mlp.act_fn))
-    if kind not in _right:
-        _right[kind] = _same(block, plan, rows)
-    if not _right[kind]:
+    if block not in _right:
+        _right[block] = _same(block, plan, rows)
+    if not _right[block]:
         return None
     _plans[block] = plan
     return plan

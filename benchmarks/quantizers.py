@@ -15,7 +15,7 @@ symmetric=true", llm-compressor.awq, auto-round. They run in --peer-python, on t
 
 "all" stands for every method at 4 and 3 bits, in groups of 64 and per channel, symmetric and not. With --json the rows
 are written after every method, beside them the table in Markdown; the same command goes on where it was stopped.
-Compare times only within one run on a quiet machine.
+Compare times only within one run on a quiet machine, with --jobs 1.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=16, help="blocks of 512 tokens for the perplexity")
     parser.add_argument("--samples", type=int, help="calibration sequences; default: the methods'")
     parser.add_argument("--length", type=int, help="tokens of each; default: the methods'")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each method")
+    parser.add_argument("--jobs", type=int, default=1, help="methods at once; more than one where no times are wanted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the rows to this file, the table beside it, and go on from there")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the other projects")
@@ -168,25 +170,34 @@ def main() -> None:
     print(head)
     for row in rows:
         print(line_of(row, rows))
+    methods = [one for method in arguments.methods for one in (everything() if method == "all" else [method])]
+    done = {row["method"] for row in rows}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        waiting = {pool.submit(in_a_process, arguments, method): method for method in methods if method not in done}
+        try:
+            for finished in as_completed(waiting):
+                if (row := finished.result()) is None:
+                    print(f"| {waiting[finished]} | failed: see above |" + " |" * 6, flush=True)
+                    continue
+                rows.append(row)
+                rows.sort(key=lambda row: methods.index(row["method"]) if row["method"] in methods else -1)
+                print(line_of(row, rows), flush=True)
+                if arguments.json:
+                    target = Path(arguments.json)
+                    write(target, json.dumps({"setting": setting, "rows": rows}, indent=1))
+                    write(target.with_suffix(".md"), "\n".join([head, *(line_of(row, rows) for row in rows)]) + "\n")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def in_a_process(arguments: argparse.Namespace, method: str) -> dict[str, Any] | None:
     options = [f"--{key}={value}" for key, value in vars(arguments).items() if key in PASSED and value is not None]
     options = [option.replace("text_dir", "text-dir") for option in options]
-    methods = [one for method in arguments.methods for one in (everything() if method == "all" else [method])]
-    for method in methods:
-        if any(row["method"] == method for row in rows):
-            continue
-        python = arguments.peer_python if method.split()[0] in peers.PEERS else sys.executable
-        command = [python, __file__, "--child", *options, method]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"| {method} | failed: see above |" + " |" * 6)
-            continue
-        row = json.loads(done.stdout.splitlines()[-1])
-        rows.append(row)
-        print(line_of(row, rows), flush=True)
-        if arguments.json:
-            target = Path(arguments.json)
-            write(target, json.dumps({"setting": setting, "rows": rows}, indent=1))
-            write(target.with_suffix(".md"), "\n".join([head, *(line_of(row, rows) for row in rows)]) + "\n")
+    python = arguments.peer_python if method.split()[0] in peers.PEERS else sys.executable
+    command = [python, __file__, "--child", *options, method]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def load_rows(path: str | Path | None, setting: dict[str, Any]) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from compress_peft.models.processes import ALONE, Processes, current
 from compress_peft.models.shards import INDEX, disk_error, read_header, write_shard, write_tensors
 from compress_peft.models.verify import MANIFEST, sha256, verify_folder, write_manifest
 from compress_peft.models.walk import BlockTurn, BlockWalk
+from compress_peft.tensors.finite import all_finite
 from compress_peft.weights import CompressedWeight
 from compress_peft.weights.inference import use_kernels
 from compress_peft.weights.storage import Spec, join_weight, split_state_dict
@@ -238,7 +239,7 @@ class FolderStore:
         """
         tensor = self.places[name].read()
         if tensor.is_floating_point():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 fix = "the model file is damaged: get it again"
                 raise ModelError(Problem(name, "has NaN or infinite weights", fix))
             tensor = tensor.to(self.model.get_parameter_or_buffer(name).dtype)

@@ -23,6 +23,7 @@ from compress_peft.models.sparsity import UNSTRUCTURED, pruned_layers, pruning_p
 from compress_peft.models.walk import BlockTurn, BlockWalk, InputStatistics
 from compress_peft.pruning.base import Pruner, Sparsity
 from compress_peft.pruning.owl import count_outliers, owl_sparsity
+from compress_peft.tensors.finite import all_finite
 from compress_peft.tensors.masks import parse_pattern
 from compress_peft.weights import CompressedWeight
 
@@ -265,7 +266,7 @@ def check_layers(layers: list[tuple[str, nn.Linear]], pruner: Pruner, values: bo
             problems.append(Problem(name, "has no data (it is on the meta device)", "load the model first"))
         elif reason := pruner.check((weight.shape[0], weight.shape[1])):
             problems.append(Problem(name, reason, "change the settings or add the layer to skip"))
-        elif values and not torch.isfinite(weight.detach()).all():
+        elif values and not all_finite(weight.detach()):
             problems.append(Problem(name, "has NaN or infinite weights", "the model file is damaged: get it again"))
     if problems:
         raise ModelError(problems)

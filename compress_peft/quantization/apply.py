@@ -21,6 +21,7 @@ from compress_peft.models.processes import current
 from compress_peft.models.sparsity import kept_mask, pruned_layers, pruning_pattern
 from compress_peft.models.walk import BlockTurn, BlockWalk, InputStatistics
 from compress_peft.quantization.base import Quantizer
+from compress_peft.tensors.finite import all_finite
 from compress_peft.weights import CompressedWeight
 
 
@@ -332,7 +333,7 @@ def layer_problem(layer: nn.Linear, quantizer: Quantizer, values: bool = True) -
         return "no data (on the meta device)", "load the model first"
     if reason := quantizer.check((weight.shape[0], weight.shape[1])):
         return reason, "change the settings or add the layers to skip"
-    if values and not torch.isfinite(weight.detach()).all():
+    if values and not all_finite(weight.detach()):
         return "NaN or infinite weights", "the model file is damaged: get it again"
     return None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress_peft.errors import ModelError, Problem
+from compress_peft.tensors.finite import all_finite
 
 BITS = (2, 3, 4, 8)
 
@@ -71,7 +72,7 @@ def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
         ModelError: a scale is too large for dtype.
     """
     rounded = scales.to(dtype)
-    if not torch.isfinite(rounded).all():
+    if not all_finite(rounded):
         what = f"a scale of {float(scales.max()):.3g} is too large for {str(dtype).removeprefix('torch.')}"
         raise ModelError(Problem("scale_dtype", what, 'use scale_dtype "float32"'))
     # Subnormal numbers are coarse: rounding one down would cut the largest weights by several steps.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress_peft.errors import ModelError, Problem, UserError
 from compress_peft.tensors import affine
+from compress_peft.tensors.finite import all_finite
 from compress_peft.weights.compressed import CompressedWeight, Shapes, dtype_from_name, dtype_name
 from compress_peft.weights.parts import AffineParts
 
@@ -170,7 +171,7 @@ class AffineWeight(CompressedWeight):
         old = affine.symmetric_zero(self.bits) if self.zeros is None else self.zeros.double()
         shift = shift.detach().to(self.scales.device).double()
         zeros = torch.where(shift == 0, old, old - shift / self.scales.double()).to(zero_dtype)
-        if not torch.isfinite(zeros).all():
+        if not all_finite(zeros):
             what = f"a zero does not fit {dtype_name(zero_dtype)}, or a group has the scale 0"
             raise ModelError(Problem("shift_groups", what, "store the zeros as float32, or merge with another policy"))
         return AffineWeight(self.parts._replace(codes=self.codes.clone(), zeros=zeros), self.dtype)

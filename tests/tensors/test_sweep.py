@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from compress_peft.errors import ModelError
-from compress_peft.tensors.sweep import add_gram, fitting_block, inverse_factor, mirror, sweep, weighted_error
+from compress_peft.tensors.sweep import (
+    add_gram,
+    fitting_block,
+    inverse_factor,
+    invert_triangle,
+    mirror,
+    sweep,
+    weighted_error,
+)
 
 STEP = 0.25
 
@@ -144,3 +152,21 @@ def test_weighted_error_is_the_change_of_the_outputs() -> None:
     inputs, error = correlated(30, 8), torch.randn(5, 8, dtype=torch.float64)
     outputs = inputs @ error.T
     assert weighted_error(error, inputs.T @ inputs) == pytest.approx(float((outputs**2).sum()))
+
+
+@pytest.mark.parametrize("block", [1, 4, 5, 12, 13, 100])
+def test_weighted_error_by_blocks(block: int) -> None:
+    inputs, error = correlated(30, 13), torch.randn(5, 13, dtype=torch.float64)
+    hessian = inputs.T @ inputs
+    assert weighted_error(error, hessian, block) == pytest.approx(float((error @ hessian * error).sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("columns", "leaf"), [(1, 4), (4, 4), (5, 4), (8, 4), (9, 4), (31, 4), (33, 8), (600, 256)])
+def test_the_inverse_of_a_triangle(columns: int, leaf: int) -> None:
+    upper = torch.linalg.cholesky(
+        torch.eye(columns) + (lambda x: x.T @ x)(correlated(columns, columns))
+    ).mT.contiguous()
+    inverse = upper.clone()
+    invert_triangle(inverse, leaf)
+    assert torch.equal(inverse, inverse.triu())
+    torch.testing.assert_close(inverse @ upper, torch.eye(columns, dtype=torch.float64), rtol=0, atol=1e-10)

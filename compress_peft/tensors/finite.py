@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """No value is NaN or infinite. One pass without tensors in between, about 25 times as fast as isfinite().all()."""
+    """No value is NaN or infinite. One pass, without the tensors that isfinite().all() makes."""
     if not tensor.numel():
         return True
     if tensor.is_floating_point() and tensor.element_size() == 1:  # float8, which has no such operations

@@ -100,7 +100,7 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, list
 def invert_triangle(upper: Tensor, leaf: int = 256) -> None:
     """Replace an upper triangular matrix (n, n) by its inverse, by halves: of (A B; 0 C) it is (A' -A'BC'; 0 C').
 
-    In half the time of solving for the identity, and without a second matrix. What is below the diagonal has to be 0.
+    Fewer operations than solving for the identity, and no second matrix. What is below the diagonal has to be 0.
     """
     size = upper.shape[0]
     if size <= leaf:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -51,6 +51,8 @@ class BlockTurn:
     run: Callable[[Tensor], Tensor]
     """The block's output for one such chunk, with its masks and position embeddings, as the block is at the time of the
     call. Gradients flow if they are on."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What the consumer wants to find again at the next block; one for the whole walk."""
 
 
 class Consumer(Protocol):
@@ -155,6 +157,7 @@ class BlockWalk:
             originals = self.store.activations()
             if self.needs & {"drift", "targets"}:
                 originals.extend(states)
+            memory: dict[str, Any] = {}
             bar = tqdm(self.blocks, desc="block walk", unit="block", disable=not self.progress)
             for index, (name, block) in enumerate(bar):
                 run = partial(_run, block, arguments[index])
@@ -170,7 +173,7 @@ class BlockWalk:
                 if advance or "targets" in self.needs:
                     self._advance(run, originals)
                 targets = originals if "targets" in self.needs else ()
-                yield BlockTurn(name, block, wanted, found, states, targets, run)
+                yield BlockTurn(name, block, wanted, found, states, targets, run, memory)
                 if advance:
                     self._advance(run, states)
                 self.store.free(name)

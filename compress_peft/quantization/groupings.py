@@ -62,6 +62,11 @@ class Grouping:
         for layer in self.targets.values():
             _replace(layer, "weight", layer.weight.double() * exact[self.index])
 
+    def within(self, block: str) -> Layout:
+        """block: the full name of the block."""
+        inside = len(block) + 1
+        return Layout(self.source[inside:], tuple(name[inside:] for name in self.targets), self.index, self.offset)
+
     def key(self) -> tuple[Any, ...]:
         """Equal for equal groupings in different processes."""
         return self.source, tuple(self.targets), tuple(self.index.tolist()), self.offset
@@ -69,6 +74,29 @@ class Grouping:
     def parameters(self) -> list[str]:
         """Full names of what `apply` replaces."""
         return [f"{self.source}.weight", f"{self.source}.bias", *(f"{name}.weight" for name in self.targets)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A grouping by names inside its block, by which the next block's is found."""
+
+    source: str
+    targets: tuple[str, ...]
+    index: Tensor
+    offset: float
+
+    def grouping(self, turn: BlockTurn) -> Grouping | None:
+        """The same in this block, if it has such layers; whether it holds is another question."""
+        modules = dict(turn.block.named_modules())
+        source = modules.get(self.source)
+        weight = getattr(source, "weight", None)
+        targets = {f"{turn.name}.{name}": modules.get(name) for name in self.targets}
+        if source is None or not isinstance(weight, Tensor) or weight.shape[0] <= int(self.index.max()):
+            return None
+        linears = {name: layer for name, layer in targets.items() if isinstance(layer, nn.Linear)}
+        if len(linears) < len(targets) or any(layer.in_features != len(self.index) for layer in linears.values()):
+            return None
+        return Grouping(f"{turn.name}.{self.source}", source, linears, self.index.to(weight.device), self.offset)
 
 
 def _replace(module: nn.Module, name: str, value: Tensor, grouping: Grouping | None = None) -> None:
@@ -82,7 +110,7 @@ def find_groupings(turn: BlockTurn, shared: Container[str]) -> tuple[list[Groupi
     """The groupings that hold for the block, in the order of its calls; and why for the other layers there is none.
 
     shared: full names of parameters that stand at several places of the model, which are not touched. Groupings
-    without a layer in `turn.layers` are left out.
+    without a layer in `turn.layers` are left out. Those of the block before are tried first, all in one pass.
     """
     chunk = turn.inputs[0]
 
@@ -91,33 +119,50 @@ def find_groupings(turn: BlockTurn, shared: Container[str]) -> tuple[list[Groupi
 
     calls, base = _trace(turn, run)
     linears = [(name, module) for name, module, _, _ in calls if isinstance(module, nn.Linear)]
-    found: list[Grouping] = []
-    reasons: dict[str, str] = {}
+    groups: dict[tuple[str, ...], tuple[tuple[int, int], dict[str, nn.Linear]]] = {}
     for key, members in itertools.groupby(_by_input(calls), key=lambda item: item[0]):
         targets = {name: module for _, name, module in members}
-        if not any(name in turn.layers for name in targets):
+        if any(name in turn.layers for name in targets):
+            groups[tuple(targets)] = key, targets
+    former = [layout.grouping(turn) for layout in turn.memory.get("groupings", ())]
+    likely = {names: g for g in former if g and (names := tuple(g.targets)) in groups and not _untouchable(g, shared)}
+    if likely and not _hold(list(likely.values()), run, chunk, base):
+        likely = {}
+    found: list[Grouping] = []
+    reasons: dict[str, str] = {}
+    for names, (key, targets) in groups.items():
+        if names in likely:
+            found.append(likely[names])
             continue
         norms = [
             (name, module)
             for name, module, _, output in calls
             if not isinstance(module, nn.Linear) and _place(output) == key and _per_channel(module, targets)
         ]
-        first = [name for name, _ in linears].index(next(iter(targets)))
+        first = [name for name, _ in linears].index(names[0])
         candidates = _from_norm(norms, targets) if norms else _from_linear(linears[:first][::-1], targets, run)
         reason = "its input comes neither from a norm's weight nor from the outputs of one linear layer"
         for grouping in candidates:
-            if any(isinstance(layer.weight, CompressedWeight) for layer in targets.values()):
-                reason = "its weight is quantized already"
-            elif any(name in shared for name in grouping.parameters()):
-                reason = f"its weight or that of {grouping.source} is shared with another place of the model"
-            elif _holds(grouping, run, chunk, base):
+            if why := _untouchable(grouping, shared):
+                reason = why
+            elif _hold([grouping], run, chunk, base):
                 found.append(grouping)
                 break
             else:
                 reason = f"scaling {grouping.source} against it changes what the block computes"
         else:
             reasons |= {name: reason for name in targets if name in turn.layers}
+    turn.memory["groupings"] = [grouping.within(turn.name) for grouping in found]
     return _agreed(found, reasons, turn)
+
+
+def _untouchable(grouping: Grouping, shared: Container[str]) -> str:
+    """Why nobody may change these weights, if so."""
+    if any(isinstance(layer.weight, CompressedWeight) for layer in grouping.targets.values()):
+        return "its weight is quantized already"
+    if any(name in shared for name in grouping.parameters()):
+        return f"its weight or that of {grouping.source} is shared with another place of the model"
+    return ""
 
 
 def _agreed(found: list[Grouping], reasons: dict[str, str], turn: BlockTurn) -> tuple[list[Grouping], dict[str, str]]:
@@ -254,16 +299,16 @@ def _restoring(modules: list[nn.Module]) -> Iterator[None]:
             module._parameters.update(parameters)
 
 
-def _holds(grouping: Grouping, run: Run, chunk: Tensor, base: Tensor) -> bool:
-    """Whether the block's output base for chunk stays the same, token by token."""
-    weight = grouping.module.weight
-    assert isinstance(weight, Tensor)
+def _hold(groupings: list[Grouping], run: Run, chunk: Tensor, base: Tensor) -> bool:
+    """Whether the block's output base for chunk stays the same, token by token, with all of them scaled."""
     generator = torch.Generator().manual_seed(0)
-    scales = 2.0 ** torch.randint(-2, 3, (weight.shape[0],), generator=generator)
-    before = base.double()
-    with _restoring([grouping.module, *grouping.targets.values()]):
-        grouping.apply(scales)
+    before, eps = base.double(), 0.0
+    with _restoring([module for grouping in groupings for module in (grouping.module, *grouping.targets.values())]):
+        for grouping in groupings:
+            weight = grouping.module.weight
+            assert isinstance(weight, Tensor)
+            eps = max(eps, torch.finfo(weight.dtype).eps)
+            grouping.apply(2.0 ** torch.randint(-2, 3, (weight.shape[0],), generator=generator))
         change = (run().double() - before).norm(dim=-1)
-    eps = torch.finfo(weight.dtype).eps
     added = (before - chunk.double()).norm(dim=-1)
     return bool((change <= max(TOLERANCE, 8 * eps) * added + eps * before.norm(dim=-1)).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -118,6 +119,24 @@ def test_the_search_leaves_the_parameters_alone(tiny_llama) -> None:
         find_groupings(turn, ())
     for name, parameter in tiny_llama.named_parameters():
         assert parameter is held[name][0] and torch.equal(parameter, held[name][1])
+
+
+def test_a_block_is_tried_as_the_one_before(tiny_llama) -> None:
+    """One pass to see what feeds what, one for all groupings; and what does not hold is looked for as in the first."""
+    passes = [0, 0]
+    for number, turn in enumerate(BlockWalk(tiny_llama, CALIBRATION, dict(linear_layers(tiny_llama)), progress=False)):
+
+        def run(chunk: Tensor, number: int = number, run: Any = turn.run) -> Tensor:
+            passes[number] += 1
+            return run(chunk)
+
+        turn.run = run
+        found = find_groupings(turn, ())[0]
+    assert passes[0] > 4 and passes[1] == 2
+    turn.memory["groupings"] = [dataclasses.replace(g.within(turn.name), index=g.index.flip(0)) for g in found]
+    again = find_groupings(turn, ())[0]
+    assert passes[1] > 6
+    assert [(g.source, g.index.tolist()) for g in again] == [(g.source, g.index.tolist()) for g in found]
 
 
 def test_shared_weights_are_not_touched(tiny_llama) -> None:

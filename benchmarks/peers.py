@@ -84,7 +84,10 @@ def _llm_compressor(method: str, model: nn.Module, calibration: Tensor, settings
 def _oneshot(model: nn.Module, recipe: list[Any], calibration: Tensor) -> nn.Module:
     from datasets import Dataset
     from llmcompressor import oneshot
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
+    if not torch.accelerator.is_available():  # where nothing can be pinned their AWQ stops
+        IntermediatesCache.pin_memory = lambda *_: None
     rows = {"input_ids": calibration.tolist(), "attention_mask": torch.ones_like(calibration).tolist()}
     oneshot(
         model=model,
@@ -93,6 +96,10 @@ def _oneshot(model: nn.Module, recipe: list[Any], calibration: Tensor) -> nn.Mod
         max_seq_length=calibration.shape[1],
         num_calibration_samples=len(calibration),
     )
+    if torch.cuda.is_available():
+        from compressed_tensors.offload import remove_dispatch
+
+        remove_dispatch(model, onload_tensors=True)
     return model
 
 
@@ -124,6 +131,7 @@ def _gptqmodel(model: nn.Module, tokenizer: Any, calibration: Tensor, settings: 
 def _auto_round(model: nn.Module, tokenizer: Any, calibration: Tensor, settings: dict[str, Any]) -> nn.Module:
     from auto_round import AutoRound
 
+    settings = {"amp": model.device.type != "cpu"} | settings  # their bfloat16 pays off on a GPU alone
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in calibration]
     rounding = AutoRound(
         model,
@@ -135,7 +143,7 @@ def _auto_round(model: nn.Module, tokenizer: Any, calibration: Tensor, settings:
         nsamples=len(calibration),
         seqlen=calibration.shape[1],
         batch_size=8,
-        amp=False,
+        device_map=str(model.device),
         **settings,
     )
     quantized, _ = rounding.quantize()

@@ -23,9 +23,9 @@ from compress_peft.weights.kernels import FEW_ROWS
 from compress_peft.weights.listeners import nobody_listens, plain
 
 
-def forward(self: nn.Linear, x: Tensor) -> Tensor:
-    """In place of `nn.Linear.forward`. x (..., in) -> (..., out)."""
-    weight, bias = self.weight, self.bias  # the weight may have been compressed since `use_kernels`
+def forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """In place of `nn.Linear.forward`, the argument's name included. (..., in) -> (..., out)."""
+    x, weight, bias = input, self.weight, self.bias  # the weight may have been compressed since `use_kernels`
     if isinstance(weight, CompressedWeight):
         product = weight.product
         if product and _fits(x, product.columns) and product.takes(x) and nobody_listens(x, bias):

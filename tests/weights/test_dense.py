@@ -64,6 +64,14 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 @torch.no_grad()
+def test_the_argument_keeps_its_name(calls):
+    """Libraries that look up the signature of `nn.Linear` call it by name."""
+    linear, x = layer(48, 64), torch.randn(4, 64)
+    assert torch.equal(linear(input=x), linear(x))
+    assert len(calls) == 2
+
+
+@torch.no_grad()
 def test_what_the_kernel_cannot_do_goes_to_torch(calls):
     linear = layer(48, 64)
     same = nn.Linear(64, 48, bias=False)

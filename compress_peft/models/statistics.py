@@ -15,7 +15,7 @@ from compress_peft.errors import ModelError, Problem
 from compress_peft.models.processes import ALONE, Processes
 from compress_peft.tensors.sweep import add_gram, mirror
 
-NEEDS = ("inputs", "targets", "norms", "hessian", "drift")
+NEEDS = ("inputs", "targets", "norms", "largest", "hessian", "drift")
 """What a consumer may ask for; "inputs" and "targets" alone spare the pass for statistics, "norms" (or nothing) gives
 only what is always there."""
 
@@ -39,10 +39,23 @@ class InputStatistics:
     drift: Tensor | None = None
     """(X_original - X)^T X over all tokens, float32 (in, in), with X_original the layer's inputs in the unchanged model
     on the same text; None where nobody asked for it."""
+    largest: Tensor | None = None
+    """The largest magnitude of each input, float32 (in,); None where nobody asked for it."""
 
     def __post_init__(self) -> None:
         if self.hessian is not None and not self.square_sum.numel():
             self.square_sum = self.hessian.diagonal().clone()
+
+    def divide(self, scales: Tensor) -> None:
+        """Make them those of the inputs divided by scales, positive (in,)."""
+        for name in ("hessian", "drift"):
+            matrix = getattr(self, name)
+            if matrix is not None:
+                setattr(self, name, matrix / scales / scales[:, None])
+        self.square_sum = self.square_sum / scales.square()
+        self.sum = self.sum / scales
+        self.largest = None if self.largest is None else self.largest / scales
+        self.memo.clear()
 
 
 @contextmanager
@@ -139,6 +152,9 @@ class Collector:
             for tensor in (value.hessian, value.square_sum, value.sum, value.drift):
                 if tensor is not None and tensor.numel():
                     self.processes.add_up(tensor)
+            if value.largest is not None:
+                parts = self.processes.gather(value.largest.cpu())
+                value.largest.copy_(torch.stack(parts).amax(0))
 
     def _empty(self, like: Tensor) -> InputStatistics:
         """like: (any, in)."""
@@ -150,7 +166,8 @@ class Collector:
         )
         hessian, drift = matrices
         square_sum, total = vectors
-        return InputStatistics(hessian, square_sum=square_sum, sum=total, drift=drift)
+        largest = torch.zeros(columns, device=like.device) if "largest" in self.needs else None
+        return InputStatistics(hessian, square_sum=square_sum, sum=total, drift=drift, largest=largest)
 
     def _hook(self, name: str) -> Any:
         def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -182,6 +199,8 @@ class Collector:
             self.found[name] = self._empty(rows)
         found = self.found[name]
         found.sum += rows.sum(0)
+        if found.largest is not None:
+            torch.maximum(found.largest, rows.abs().amax(0), out=found.largest)
         if found.hessian is not None:
             add_gram(found.hessian, rows)
         else:

@@ -21,6 +21,7 @@ from compress_peft.models.processes import current
 from compress_peft.models.sparsity import kept_mask, pruned_layers, pruning_pattern
 from compress_peft.models.walk import BlockTurn, BlockWalk, InputStatistics
 from compress_peft.quantization.base import Quantizer
+from compress_peft.quantization.smoothquant import smooth_block
 from compress_peft.tensors.finite import all_finite
 from compress_peft.weights import CompressedWeight
 
@@ -60,13 +61,18 @@ class QuantizationSummary:
 
 
 def quantize_model(
-    model: nn.Module, quantizer: Quantizer, calibration: Tensor | None = None, progress: bool = True
+    model: nn.Module,
+    quantizer: Quantizer,
+    calibration: Tensor | None = None,
+    progress: bool = True,
+    smooth: float | None = None,
 ) -> QuantizationSummary:
     """Replace the weights of the selected linear layers in place; each dense weight is freed as its turn passes.
 
     Layers that share one weight share the quantized one (with statistics: those of the first of them).
     Processes of torch.distributed that call it together, with the same model and calibration, share the work.
-    calibration: (samples, length) int64 token ids, all of them real tokens; for quantizers that need statistics.
+    calibration: (samples, length) int64 token ids, all of them real tokens; for quantizers that need statistics, and
+    for smoothing. smooth: alpha of SmoothQuant, by which the blocks are smoothed first; None: they are not.
 
     Raises:
         ConfigError: the quantizer needs calibration and gets none.
@@ -75,7 +81,7 @@ def quantize_model(
             Or the values of a weight do not fit the grid's dtype, or calibration shows NaN inside the model: layers
             before that are quantized already.
     """
-    _refuse_without(quantizer, calibration)
+    _refuse_without(quantizer, calibration, smooth)
     chosen, left_alone = select_layers(model, quantizer)
     check_layers(chosen, quantizer)
     pruned, needs = _pruned(model, quantizer), quantizer.needs
@@ -83,15 +89,22 @@ def quantize_model(
     if quantizer.plans:
         quantizer = quantizer.for_model(model, _bytes_each(model))
         plan = quantizer.plan(BlockWalk(model, calibration, dict(chosen), progress, needs, processes=current()))
-    work = Replacement(quantizer, chosen, pruned, shared_parameters(model), plan)
-    walk = BlockWalk(model, calibration if needs else None, dict(chosen), progress, needs, processes=current())
+    work = Replacement(quantizer, chosen, pruned, shared_parameters(model), plan, smooth)
+    walk = BlockWalk(
+        model, calibration if work.needs else None, dict(chosen), progress, work.needs, processes=current()
+    )
     walk.run(work)
     attach(model)
-    return work.summary(left_alone, walk.seconds if needs else {})
+    return work.summary(left_alone, walk.seconds if work.needs else {})
 
 
 def quantize_folder(
-    source: str | Path, target: str | Path, quantizer: Quantizer, calibration: Tensor | None = None, **options: Any
+    source: str | Path,
+    target: str | Path,
+    quantizer: Quantizer,
+    calibration: Tensor | None = None,
+    smooth: float | None = None,
+    **options: Any,
 ) -> QuantizationSummary:
     """`quantize_model` from folder to folder with one block in memory at a time; the same call goes on after a kill.
 
@@ -102,7 +115,7 @@ def quantize_folder(
         ConfigError, DataError, ModelError: as `quantize_model`, before the first block wherever shapes tell; and those
             of `walk_folder`.
     """
-    _refuse_without(quantizer, calibration)
+    _refuse_without(quantizer, calibration, smooth)
     left_alone: list[tuple[str, str]] = []
     plan: Mapping[str, Quantizer] = {}
     if quantizer.plans:
@@ -112,13 +125,13 @@ def quantize_folder(
         chosen, others = select_layers(model, quantizer)
         left_alone.extend(others)
         check_layers(chosen, quantizer, values=False)
-        return Replacement(quantizer, chosen, _pruned(model, quantizer), shared_parameters(model), plan)
+        return Replacement(quantizer, chosen, _pruned(model, quantizer), shared_parameters(model), plan, smooth)
 
-    calibration = calibration if quantizer.needs else None
+    calibration = calibration if quantizer.needs or smooth is not None else None
     work, walk, notes = walk_folder(source, target, make, calibration=calibration, **options)
     assert isinstance(work, Replacement)
     work.notes += [("", note) for note in notes]
-    return work.summary(left_alone, walk.seconds if quantizer.needs else {})
+    return work.summary(left_alone, walk.seconds if work.needs else {})
 
 
 def _plan_folder(
@@ -141,10 +154,14 @@ def _bytes_each(model: nn.Module) -> int:
     return next(model.parameters()).element_size()
 
 
-def _refuse_without(quantizer: Quantizer, calibration: Tensor | None) -> None:
-    if quantizer.needs and calibration is None:
+def _refuse_without(quantizer: Quantizer, calibration: Tensor | None, smooth: float | None) -> None:
+    if calibration is not None:
+        return
+    if quantizer.needs:
         fix = "give calibration=token ids, or use a method without calibration"
         raise ConfigError(Problem(quantizer.method, "needs calibration text and got none", fix))
+    if smooth is not None:
+        raise ConfigError(Problem("smooth", "needs calibration text and got none", "give calibration=token ids"))
 
 
 def _pruned(model: nn.Module, quantizer: Quantizer) -> Container[str]:
@@ -168,12 +185,14 @@ class Replacement(LayerJob[QuantizedLayer]):
         pruned: Container[str] = (),
         shared: Container[str] = (),
         plan: Mapping[str, Quantizer] | None = None,
+        smooth: float | None = None,
     ):
         """pruned: names of the layers whose zeros have to stay. shared: of `shared_parameters`. plan: the quantizers
-        of single layers, where the method gives them."""
+        of single layers, where the method gives them. smooth: of `quantize_model`."""
         super().__init__(dict(layers))
         self.quantizer = quantizer
         self.plan = plan or {}
+        self.smooth = smooth
         self.pruned = pruned
         self.shared = shared
         self.sharing: dict[str, list[str]] = {}
@@ -186,6 +205,8 @@ class Replacement(LayerJob[QuantizedLayer]):
 
     def process(self, turn: BlockTurn) -> None:
         """Quantize the layers of the block, in the order in which it calls them."""
+        if self.smooth is not None:
+            self.notes += smooth_block(turn, self.shared, self.smooth)
         prepared = self.quantizer.prepare_block(turn, self.shared)
         self.notes += prepared.notes
         mine = self._mine(turn)
@@ -247,7 +268,7 @@ class Replacement(LayerJob[QuantizedLayer]):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return self.quantizer.needs
+        return (*self.quantizer.needs, *(() if self.smooth is None else ("largest",)))
 
     @property
     def copies(self) -> tuple[float, bool]:
@@ -255,7 +276,8 @@ class Replacement(LayerJob[QuantizedLayer]):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"settings": self.quantizer.model_dump(mode="json")} | ({"plan": self._bits()} if self.plan else {})
+        found = {"settings": self.quantizer.model_dump(mode="json")} | ({"plan": self._bits()} if self.plan else {})
+        return found if self.smooth is None else found | {"smooth": self.smooth}
 
     def stored_bits(self, shape: tuple[int, int]) -> float:
         return self.quantizer.estimate_bits(shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -119,8 +119,7 @@ class AutoRound(Quantizer):
         """Leave the best values in rounding; returns their loss over that of rounding to nearest, all samples."""
         block = _Block(turn, self.amp)
         inputs, wanted = turn.inputs, turn.targets
-        with torch.no_grad():
-            plain = block.losses(rounding, inputs, wanted)
+        plain = block.losses(rounding, inputs, wanted)
         iters, lr = self.schedule
         tuned = [tensor for found in rounding.values() for tensor in found.tuned(self.clip)]
         generator = torch.Generator().manual_seed(self.seed + zlib.crc32(turn.name.encode()))
@@ -131,7 +130,7 @@ class AutoRound(Quantizer):
             expected = sum(plain[index] for index in batch)
             if not expected:
                 break
-            loss, gradients = block.gradients(rounding, tuned, [(inputs[index], wanted[index]) for index in batch])
+            loss, gradients = block.gradients(rounding, self.clip, [(inputs[index], wanted[index]) for index in batch])
             if loss / expected < least:
                 least, best = loss / expected, [tensor.clone() for tensor in tuned]
             for tensor, gradient in zip(tuned, gradients, strict=True):
@@ -141,8 +140,7 @@ class AutoRound(Quantizer):
         for tensor, value in zip(tuned, best, strict=True):
             tensor.copy_(value)
         total = sum(plain)
-        with torch.no_grad():
-            return sum(block.losses(rounding, inputs, wanted)) / total if total else 1.0
+        return sum(block.losses(rounding, inputs, wanted)) / total if total else 1.0
 
     def quantize(self, weight: Tensor, stats: Any = None) -> AffineWeight:
         """A weight on its own, with no inputs to look at: rounding to nearest."""
@@ -154,6 +152,27 @@ class AutoRound(Quantizer):
 
     def check(self, shape: tuple[int, int]) -> str | None:
         return affine_problem(shape, self.group_size)
+
+
+class Grid(NamedTuple):
+    """Of a layer's groups, each float32 (out, groups, 1)."""
+
+    low: Tensor
+    """The smallest weight, or what is left of it."""
+    scales: Tensor
+    zeros: Tensor
+
+
+class Rounded(NamedTuple):
+    """A layer as it is rounded now."""
+
+    weight: Tensor
+    """What the codes stand for, (out, in), in the dtype of the dense one."""
+    codes: Tensor
+    """float32 (out, groups, group)"""
+    inside: Tensor
+    """bool, the same shape: where no code was cut."""
+    grid: Grid
 
 
 @dataclass
@@ -169,6 +188,8 @@ class Rounding:
     """alpha, float32 (out, groups, 1)"""
     low: Tensor
     """beta, the same"""
+    ends: tuple[Tensor, Tensor]
+    """The smallest and the largest weight of each group, or 0, float32 (out, groups, 1)."""
 
     @classmethod
     def start(cls, weight: Tensor, settings: AutoRound, inputs: Tensor) -> Rounding:
@@ -178,8 +199,13 @@ class Rounding:
         if settings.grid == "weighted":
             dtype = dtype_from_name(settings.scale_dtype)
             shares = search_shares(weight, inputs, settings.bits, settings.group_size, settings.symmetric, dtype)
-        offset = torch.zeros(weight.shape, device=weight.device)
-        return cls(weight.detach(), settings, offset, shares[..., None], shares[..., None].clone())
+        dense, high, offset = weight.detach(), shares[..., None], torch.zeros(weight.shape, device=weight.device)
+        smallest, largest = dense.float().view(*shares.shape, -1).aminmax(dim=2, keepdim=True)
+        return cls(dense, settings, offset, high, high.clone(), (smallest.clamp(max=0), largest.clamp(min=0)))
+
+    @property
+    def top(self) -> int:
+        return 2**self.settings.bits - 1
 
     def tuned(self, clip: bool) -> list[Tensor]:
         return [self.offset, self.high, self.low] if clip else [self.offset]
@@ -189,60 +215,68 @@ class Rounding:
         self.high.clamp_(0, 1)
         self.low.clamp_(0, 1)
 
-    def grid(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(codes, scales, zeros), float32 (out, groups, group) and twice (out, groups, 1); gradients pass roundings."""
-        settings = self.settings
-        top = 2**settings.bits - 1
-        groups = self.dense.float().view(*self.high.shape[:2], -1)
-        low, high = groups.aminmax(dim=2, keepdim=True)
-        low, high = low.clamp(max=0) * self.low, high.clamp(min=0) * self.high
-        if settings.symmetric:
+    def groups(self) -> Tensor:
+        """The dense weight, float32 (out, groups, group)."""
+        return self.dense.float().view(*self.high.shape[:2], -1)
+
+    def grid(self) -> Grid:
+        low, high = self.ends[0] * self.low, self.ends[1] * self.high
+        if self.settings.symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        scales = high / top - low / top
-        stored = affine.round_scales(scales.detach(), dtype_from_name(settings.scale_dtype))
-        scales = _straight(scales, stored)
-        zeros = -low / scales
-        if settings.symmetric:
-            zeros = torch.full_like(scales, affine.symmetric_zero(settings.bits))
-        else:
-            zeros = _straight(zeros, zeros.detach().round()).clamp(0, top)
-        codes = groups / scales + zeros + self.offset.view_as(groups)
-        return _straight(codes, codes.detach().round()).clamp(0, top), scales, zeros
-
-    def rounded(self) -> Tensor:
-        """The weight that the codes stand for, (out, in), in the dtype of the dense one."""
-        codes, scales, zeros = self.grid()
-        return ((codes - zeros) * scales).view(self.dense.shape).to(self.dense.dtype)
+        scales = affine.round_scales(high / self.top - low / self.top, dtype_from_name(self.settings.scale_dtype))
+        if self.settings.symmetric:
+            return Grid(low, scales, torch.full_like(scales, affine.symmetric_zero(self.settings.bits)))
+        return Grid(low, scales, (-low / scales).round_().clamp_(0, self.top))
 
     @torch.no_grad()
+    def rounded(self) -> Rounded:
+        grid = self.grid()
+        groups = self.groups()
+        free = (groups / grid.scales).add_(grid.zeros).add_(self.offset.view_as(groups)).round_()
+        codes = free.clamp(0, self.top)
+        weight = (codes - grid.zeros).mul_(grid.scales).view(self.dense.shape).to(self.dense.dtype)
+        return Rounded(weight, codes, free == codes, grid)
+
+    @torch.no_grad()
+    def pull_back(self, rounded: Rounded, gradient: Tensor, clip: bool) -> list[Tensor]:
+        """The gradients of `tuned(clip)`, straight through the roundings of codes, zeros and scales.
+
+        gradient: that of the weight in rounded, float32 (out, in).
+        """
+        codes, (low, scales, zeros) = rounded.codes, rounded.grid
+        upstream = gradient.view_as(codes)
+        by_offset = (upstream * scales).mul_(rounded.inside)
+        found = [by_offset.view_as(self.offset)]
+        if not clip:
+            return found
+        # weight = (clamp(dense / scale + zero + V) - zero) scale
+        whole = upstream.sum(2, keepdim=True)
+        by_scale = (upstream * codes).sum(2, keepdim=True) - zeros * whole
+        by_scale -= (by_offset * self.groups()).sum(2, keepdim=True) / scales.square()
+        if self.settings.symmetric:  # scale = 2 max(-low, high) / top
+            below, above = -self.ends[0] * self.low, self.ends[1] * self.high
+            share = (below > above).float() + 0.5 * (below == above)
+            by_high, by_low = by_scale * (2 / self.top) * (1 - share), by_scale * (-2 / self.top) * share
+        else:  # scale = (high - low) / top, zero = -low / scale
+            by_zero = by_offset.sum(2, keepdim=True) - scales * whole
+            by_zero *= (-low / scales).round_() == zeros
+            by_scale += by_zero * low / scales.square()
+            by_high, by_low = by_scale / self.top, -by_zero / scales - by_scale / self.top
+        return [*found, by_high * self.ends[1], by_low * self.ends[0]]
+
     def weight(self) -> AffineWeight:
         settings = self.settings
-        codes, scales, zeros = self.grid()
+        _, codes, _, grid = self.rounded()
         return AffineWeight.from_codes(
             codes.to(torch.uint8).view(self.dense.shape),
-            scales[..., 0],
-            None if settings.symmetric else zeros[..., 0].to(torch.uint8),
+            grid.scales[..., 0],
+            None if settings.symmetric else grid.zeros[..., 0].to(torch.uint8),
             settings.bits,
             settings.group_size,
             self.dense.dtype,
             dtype_from_name(settings.scale_dtype),
         )
-
-
-def _straight(value: Tensor, rounded: Tensor) -> Tensor:
-    """rounded, with the gradient of value. Exactly rounded: adding a difference would round once more."""
-    return _Straight.apply(value, rounded)
-
-
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
 
 
 class _Block(nn.Module):
@@ -258,33 +292,33 @@ class _Block(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         return self.run(states)
 
-    def loss(self, rounding: dict[str, Rounding], states: Tensor, wanted: Tensor) -> Tensor:
-        weights = {f"block{name[self.prefix :]}.weight": found.rounded() for name, found in rounding.items()}
+    def loss(self, weights: dict[str, Tensor], states: Tensor, wanted: Tensor) -> Tensor:
+        """weights: by full name of the layer."""
+        named = {f"block{name[self.prefix :]}.weight": weight for name, weight in weights.items()}
         half = self.amp and product_dtype(torch.bfloat16, states.device) == torch.bfloat16
         with torch.autocast(states.device.type, torch.bfloat16, enabled=half):
-            output = functional_call(self, weights, (states,))
+            output = functional_call(self, named, (states,))
         return nn.functional.mse_loss(output.float(), wanted.float())
 
+    @torch.no_grad()
     def losses(self, rounding: dict[str, Rounding], inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
         """By chunk."""
-        return [float(self.loss(rounding, *pair)) for pair in zip(inputs, wanted, strict=True)]
+        weights = {name: found.rounded().weight for name, found in rounding.items()}
+        return [float(self.loss(weights, *pair)) for pair in zip(inputs, wanted, strict=True)]
 
     def gradients(
-        self, rounding: dict[str, Rounding], tuned: list[Tensor], batch: list[tuple[Tensor, Tensor]]
+        self, rounding: dict[str, Rounding], clip: bool, batch: list[tuple[Tensor, Tensor]]
     ) -> tuple[float, list[Tensor]]:
-        """The summed loss over the chunks, and its gradients."""
-        sums = [torch.zeros_like(tensor) for tensor in tuned]
+        """The summed loss over the chunks, and its gradients by what is tuned."""
+        rounded = {name: found.rounded() for name, found in rounding.items()}
+        weights = {name: now.weight.requires_grad_() for name, now in rounded.items()}
+        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()]
         loss = 0.0
-        for tensor in tuned:
-            tensor.requires_grad_(True)
-        try:
-            for states, wanted in batch:
-                with torch.enable_grad():
-                    part = self.loss(rounding, states, wanted)
-                for total, gradient in zip(sums, torch.autograd.grad(part, tuned), strict=True):
-                    total += gradient
-                loss += part.item()
-        finally:
-            for tensor in tuned:
-                tensor.requires_grad_(False)
-        return loss, sums
+        for states, wanted in batch:
+            with torch.enable_grad():
+                part = self.loss(weights, states, wanted)
+            for total, gradient in zip(sums, torch.autograd.grad(part, list(weights.values())), strict=True):
+                total += gradient
+            loss += part.item()
+        pairs = zip(rounding.items(), sums, strict=True)
+        return loss, [g for (name, found), total in pairs for g in found.pull_back(rounded[name], total, clip)]

@@ -79,7 +79,7 @@ class AWQ(Quantizer):
             if stats.tokens:
                 scales = self.search_scales(grouping, turn, stats)
                 grouping.apply(scales)
-                divide_inputs(stats, scales[grouping.index])
+                stats.divide(scales[grouping.index])
         return Prepared(notes=tuple((name, f"not scaled: {reason}") for name, reason in reasons.items()))
 
     def search_scales(self, grouping: Grouping, turn: BlockTurn, stats: InputStatistics) -> Tensor:
@@ -147,14 +147,3 @@ class AWQ(Quantizer):
 
     def check(self, shape: tuple[int, int]) -> str | None:
         return affine_problem(shape, self.group_size)
-
-
-def divide_inputs(stats: InputStatistics, scales: Tensor) -> None:
-    """The statistics of inputs that are divided by scales, (in,)."""
-    for name in ("hessian", "drift"):
-        matrix = getattr(stats, name)
-        if matrix is not None:
-            setattr(stats, name, matrix / scales / scales[:, None])
-    stats.square_sum = stats.square_sum / scales.square()
-    stats.sum = stats.sum / scales
-    stats.memo.clear()

@@ -7,10 +7,10 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 from torch import Tensor, nn
 
 from compress_peft.data.blocks import CalibrationSettings
@@ -29,6 +29,7 @@ from compress_peft.quantization.base import affine_bits
 from compress_peft.quantization.head import HeadBits, QuantizedHead, head_group, quantize_head
 from compress_peft.quantization.mixed import Mixed
 from compress_peft.quantization.quarot import rotate_model, rotation_problems
+from compress_peft.quantization.smoothquant import Smoothing
 from compress_peft.registry import changed
 from eval.memory import layer_bytes
 from pipelines.calibration import calibration_text, check_calibration, overlap_notes
@@ -53,6 +54,11 @@ class Quantize(Step):
     """true: rotate the model first (QuaRot), which spreads outliers over all channels; the model stays the same
     function. For models with blocks like Llama's, in memory. A head that is tied to the embedding becomes one of its
     own."""
+    smooth: Annotated[
+        Smoothing | None, BeforeValidator(Smoothing.read, json_schema_input_type=bool | float | Smoothing | None)
+    ] = None
+    """true, or a number from 0 to 1 (SmoothQuant's alpha; true is 0.5): move outliers of the activations behind norms
+    into the weights first; the model stays the same function. For `llm_int8` above all, which rounds activations."""
     head_bits: HeadBits | None = None
     """4 or 8: round the output head to integers too, and with it the token embedding where both are one weight. In a
     small model the head is most of what is left, in bytes and in the time of a token. null: it stays as it is."""
@@ -78,7 +84,7 @@ class Quantize(Step):
     def _nest(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        own = {key: value for key, value in values.items() if key in ("out_of_core", "rotate", "head_bits")}
+        own = {key: value for key, value in values.items() if key in ("out_of_core", "rotate", "smooth", "head_bits")}
         rest = {key: value for key, value in values.items() if key not in own}
         if "method" in rest:  # also where the method has a setting of this name
             return {"step": rest.pop("step", None), "quantizer": rest} | own
@@ -88,6 +94,9 @@ class Quantize(Step):
     def _fits_together(self) -> Self:
         if self.rotate and self.out_of_core is True:
             raise ValueError("rotate needs the whole model in memory: leave out_of_core out, or rotate")
+        if self.smooth is not None and self.quantizer.needs and "calibration" in self.smooth.model_fields_set:
+            what = f"{self.quantizer.method} calibrates itself, on the text that smooth takes too"
+            raise ValueError(f"{what}: give calibration beside method, not in smooth")
         if isinstance(self.quantizer, Mixed) and self.quantizer.in_bytes and self.head_bits is not None:
             raise ValueError("a budget in bytes counts the head as it is: with head_bits give the budget in bits")
         return self
@@ -103,8 +112,19 @@ class Quantize(Step):
         what = f'"{self.quantizer.method}" would fill the zeros of the pruned model'
         return [Problem(f"{where}.method", what, fix)]
 
+    def statistics(self) -> tuple[str, ...]:
+        """Of NEEDS, what the walk over the blocks has to see."""
+        return (*self.quantizer.needs, *(() if self.smooth is None else ("largest",)))
+
+    def calibration(self) -> CalibrationSettings | None:
+        """None if nothing needs data."""
+        if self.quantizer.needs:
+            settings: CalibrationSettings = self.quantizer.calibration
+            return settings
+        return self.smooth.calibration if self.smooth is not None else None
+
     def shares_work(self) -> bool:
-        return not WHOLE & set(self.quantizer.needs)
+        return not WHOLE & set(self.statistics())
 
     def leaves_layers(self) -> bool:
         return bool(changed(self.quantizer, "targets", "skip"))
@@ -113,7 +133,7 @@ class Quantize(Step):
         if self.rotate:
             return "rotate is for blocks like Llama's -> leave rotate out"
         if not self.quantizer.needs:
-            return ""
+            return "smooth calibrates block by block -> leave smooth out" if self.smooth is not None else ""
         names = [name for name in QUANTIZERS if not QUANTIZERS[name].needs]
         why = f'"{self.quantizer.method}" calibrates block by block, and the blocks of two stacks are no one chain'
         return f"{why} -> use one that needs no calibration: {', '.join(names)}"
@@ -140,6 +160,7 @@ class Quantize(Step):
                 blocks,
                 dtype=state.dtype,
                 tokenizer=state.tokenizer(),
+                smooth=self.smooth and self.smooth.alpha,
                 work=work,
                 trust_remote_code=state.recipe.model.trust_remote_code,
             )
@@ -151,7 +172,7 @@ class Quantize(Step):
             model, tokenizer = state.model()
             if self.rotate:
                 notes += [("rotate", note) for note in rotate_model(model)]
-            summary = quantize_model(model, self.quantizer, blocks)
+            summary = quantize_model(model, self.quantizer, blocks, smooth=self.smooth and self.smooth.alpha)
             head = quantize_head(model, self.head_bits) if self.head_bits is not None else None
             if processes.leads:
                 save_model(model, folder / "model", tokenizer)
@@ -165,6 +186,7 @@ class Quantize(Step):
             "calibration": calibration,
             "out_of_core": out_of_core,
             "processes": processes.count,
+            "smooth": self.smooth and self.smooth.alpha,
             "head": asdict(head) if head is not None else None,
             "notes": [*summary.notes, *notes],
         }
@@ -187,16 +209,19 @@ class Quantize(Step):
 
     def _calibration(self, state: RunState) -> tuple[Tensor | None, dict[str, Any] | None]:
         """None if the method needs no data."""
-        return calibration_text(state, self.quantizer.calibration) if self.quantizer.needs else (None, None)
+        settings = self.calibration()
+        return calibration_text(state, settings) if settings is not None else (None, None)
 
     def requires_data(self) -> str | None:
-        if not self.quantizer.needs or self.quantizer.calibration.text is not None:
+        settings = self.calibration()
+        if settings is None or settings.text is not None:
             return None
-        return f'"{self.quantizer.method}" calibrates on the training split (or on calibration: {{text: FILE}})'
+        what = f'"{self.quantizer.method}"' if self.quantizer.needs else "smooth"
+        return f"{what} calibrates on the training split (or on calibration: {{text: FILE}})"
 
     def check(self, shape: ModelShape, where: str) -> list[Problem]:
-        needs = self.quantizer.needs
-        problems = check_calibration(self.quantizer.calibration, shape, where) if needs else []
+        settings = self.calibration()
+        problems = check_calibration(settings, shape, where) if settings is not None else []
         if self.rotate:
             found = rotation_problems(shape.model)
             problems += [Problem(f"{where}.rotate ({item.where})", item.what, item.fix) for item in found]
@@ -222,31 +247,29 @@ class Quantize(Step):
             self.out_of_core == "auto" and prefers_out_of_core(shape.model, shape.bytes_each)
         ):
             return self._estimate_blocks(shape, before)
-        quantizer, needs = self.quantizer, self.quantizer.needs
+        quantizer, calibration = self.quantizer, self.calibration()
         layers = dict(select_layers(shape.model, quantizer)[0])
-        calibration = quantizer.calibration if needs else None
-        walk = shape.walking(layers, needs, calibration, quantizer.block_copies, quantizer.keeps_activations)
+        walk = shape.walking(layers, self.statistics(), calibration, quantizer.block_copies, quantizer.keeps_activations)
         self._shrink_head(shape)
         shape.quantize(quantizer)
         after = shape.weight_bytes()
         note = f"{before / after:.1f}x smaller"
-        if needs:
-            settings: CalibrationSettings = quantizer.calibration
-            note += f"; calibration on {settings.samples} x {settings.length} tokens"
+        if calibration is not None:
+            note += f"; calibration on {calibration.samples} x {calibration.length} tokens"
         rotated = before if self.rotate else 0.0
         made = (rotated + shape.compressed_bytes()) * shape.mapped
         return StepEstimate(memory=before + made + walk, disk=after, note=note)
 
     def _estimate_blocks(self, shape: ModelShape, before: float) -> StepEstimate:
         """Of the walk out of core."""
-        settings = self.quantizer.calibration if self.quantizer.needs else None
+        settings = self.calibration()
         needed = estimate_walk(
             shape.model,
             dict(select_layers(shape.model, self.quantizer)[0]),
             self.quantizer.for_model(shape.model, shape.bytes_each).estimate_bits,
             shape.bytes_each,
             (settings.samples, settings.length) if settings else (0, 0),
-            self.quantizer.needs,
+            self.statistics(),
             ACTIVATIONS_IN_MEMORY,
             self.quantizer.block_copies,
             self.quantizer.keeps_activations,

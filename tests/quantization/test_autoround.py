@@ -75,30 +75,57 @@ def test_ranges_start_where_rounding_costs_least(symmetric: bool, size: int | No
     assert narrower
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_gradients_pass_the_roundings(symmetric: bool) -> None:
-    """Of the sum of G * rounded: scale * G by V where no code is clamped; by the range as derived by hand."""
-    generator = torch.Generator().manual_seed(0)
-    weight, upstream = (torch.randn(4, 32, generator=generator) for _ in range(2))
-    settings = autoround(symmetric=symmetric, scale_dtype="float32")
-    found = start(weight, settings)
-    tuned = [tensor.requires_grad_() for tensor in found.tuned(clip=True)]
-    (found.rounded() * upstream).sum().backward()
-    with torch.no_grad():
-        raw, scales, zeros = found.grid()
-    inner = ((weight / scales[..., 0] + zeros[..., 0]).round() >= 0) & (
-        (weight / scales[..., 0] + zeros[..., 0]).round() <= 7
+class Straight(torch.autograd.Function):
+    """What is rounded, with the gradient of what it was before."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def rounded_by_formula(weight: Tensor, found: Rounding, offset: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    """Equations 3 to 5, for autograd."""
+    top = 7
+    groups = weight.view(*high.shape[:2], -1)
+    smallest, largest = (
+        groups.amin(2, keepdim=True).clamp(max=0) * low,
+        groups.amax(2, keepdim=True).clamp(min=0) * high,
     )
-    assert torch.allclose(tuned[0].grad, torch.where(inner, scales[..., 0] * upstream, 0.0), atol=1e-6)
-    # d rounded / d scale = code - zero - w / scale for inner codes (the zero follows its own, opposite way).
-    if symmetric:
-        slope = torch.where(inner, raw.view(4, 32) - 4 - weight / scales[..., 0], raw.view(4, 32) - 4)
-        per_alpha = 2 * weight.abs().amax(1) / 7
-        largest_high = weight.amax(1) >= -weight.amin(1)
-        want = (slope * upstream).sum(1) * per_alpha
-        got = torch.where(largest_high, tuned[1].grad[:, 0, 0], tuned[2].grad[:, 0, 0])
-        assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
-    assert all(tensor.grad.abs().sum() > 0 for tensor in tuned)
+    if found.settings.symmetric:
+        largest = torch.maximum(-smallest, largest)
+        smallest = -largest
+    scales = (largest - smallest) / top
+    scales = Straight.apply(scales, affine.round_scales(scales.detach(), torch.float16))
+    zeros = Straight.apply(-smallest / scales, (-smallest / scales).detach().round()).clamp(0, top)
+    zeros = torch.full_like(scales, 4) if found.settings.symmetric else zeros
+    codes = groups / scales + zeros + offset.view_as(groups)
+    return ((Straight.apply(codes, codes.detach().round()).clamp(0, top) - zeros) * scales).view(weight.shape)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [16, None])
+def test_gradients_are_autograds(symmetric: bool, size: int | None) -> None:
+    """Straight through all roundings, where codes and zeros are cut, too; a group of zeros, and one of equal ends."""
+    generator = torch.Generator().manual_seed(0)
+    weight, upstream = (torch.randn(9, 48, generator=generator) for _ in range(2))
+    weight[0], weight[1], weight[2, :16], weight[3] = weight[0].abs(), -weight[1].abs(), 0.0, weight[3].clamp(-0.5, 0.5)
+    found = start(weight, autoround(symmetric=symmetric, group_size=size))
+    for tensor, (least, most) in zip(found.tuned(True), ((-0.5, 0.5), (0.6, 1), (0.6, 1)), strict=True):
+        tensor.uniform_(least, most, generator=generator)
+    found.high[3], found.low[3] = 0.75, 0.75
+    now = found.rounded()
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in found.tuned(True)]
+    reference = rounded_by_formula(weight, found, *leaves)
+    assert torch.equal(now.weight, reference) and 0 < now.inside.float().mean() < 1
+    want = torch.autograd.grad(reference, leaves, upstream)
+    for got, one in zip(found.pull_back(now, upstream, clip=True), want, strict=True):
+        assert torch.allclose(got, one, rtol=1e-4, atol=1e-5) and got.count_nonzero() > 3
+    (alone,) = found.pull_back(now, upstream, clip=False)
+    assert torch.equal(alone, found.pull_back(now, upstream, clip=True)[0])
 
 
 def test_gradients_are_those_of_the_block_with_the_rounded_weights() -> None:
@@ -111,19 +138,19 @@ def test_gradients_are_those_of_the_block_with_the_rounded_weights() -> None:
     twin = build_tiny_llama()
     twin_turn = first_turn(twin)
     for name, layer in twin_turn.layers.items():
-        layer.weight = nn.Parameter(rounding[name].rounded().detach())
+        layer.weight = nn.Parameter(rounding[name].rounded().weight)
     nn.functional.mse_loss(twin_turn.run(turn.inputs[0]), wanted).backward()
     gradients = quantizer_gradients(quantizer, turn, rounding, wanted)
     for (name, layer), gradient in zip(twin_turn.layers.items(), gradients, strict=True):
-        scales = rounding[name].grid()[1].expand(-1, -1, 32).reshape(layer.weight.shape)
-        codes = rounding[name].grid()[0].reshape(layer.weight.shape)
+        now = rounding[name].rounded()
+        scales = now.grid.scales.expand_as(now.codes).reshape(layer.weight.shape)
+        codes = now.codes.reshape(layer.weight.shape)
         inner = (codes > 0) & (codes < 7)
         assert torch.allclose(gradient[inner], (scales * layer.weight.grad)[inner], rtol=1e-3, atol=1e-9), name
 
 
 def quantizer_gradients(quantizer: Any, turn: BlockTurn, rounding: Any, wanted: Tensor) -> list[Tensor]:
-    tuned = [found.offset for found in rounding.values()]
-    return _Block(turn).gradients(rounding, tuned, [(turn.inputs[0], wanted)])[1]
+    return _Block(turn).gradients(rounding, False, [(turn.inputs[0], wanted)])[1]
 
 
 def test_less_error_the_same_every_time_and_no_traces() -> None:

@@ -27,7 +27,7 @@ from compress_peft.errors import ConfigError, CorruptFile, ModelError, Problem
 from compress_peft.models.activations import Activations, Budget
 from compress_peft.models.empty import empty_model, match_folder, stored_names
 from compress_peft.models.hf_quantizer import CompressedConfig
-from compress_peft.models.layers import decoder_layers
+from compress_peft.models.layers import decoder_layers, is_encoder_decoder
 from compress_peft.models.needs import Needs, check_room, estimate_walk
 from compress_peft.models.processes import ALONE, Processes, current
 from compress_peft.models.shards import INDEX, disk_error, read_header, write_shard, write_tensors
@@ -317,6 +317,11 @@ def walk_folder(
     if (source / MANIFEST).exists():
         verify_folder(source)
     model = empty_model(source, dtype, trust_remote_code)
+    if calibration is not None and is_encoder_decoder(model):
+        what = "its decoder needs what its encoder puts out, and the walk from disk has one block at a time"
+        raise ModelError(
+            Problem(type(model).__name__, what, "leave out_of_core out, or use a method without calibration")
+        )
     use_kernels(model)  # as in memory: the same sums in the same order
     processes = current()
     store = FolderStore(model, source, work, activation_bytes, processes)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from compress_peft.models.layers import decoder_layers, is_encoder_decoder
 from compress_peft.models.processes import ALONE, Processes
 from compress_peft.models.statistics import NEEDS, Collector, Stop
 from compress_peft.models.statistics import InputStatistics as InputStatistics
+from compress_peft.models.two_stacks import Arguments, DecoderTargets, TwoStacks, passing
 
 CHUNK_TOKENS = 2048
 """Tokens in one pass through a block: enough to keep the matrix products busy."""
@@ -45,7 +45,8 @@ class BlockTurn:
     """By full name of the layer, in the order in which the block calls them. Empty if there is no calibration, or only
     "inputs" or "targets" were asked for. A consumer may drop entries to free them."""
     inputs: Sequence[Tensor]
-    """Hidden states into the block, by chunk (rows, length, hidden). Not to be changed."""
+    """Hidden states into the block, by chunk (rows, length, hidden). Not to be changed. In the decoder of an
+    encoder-decoder, what the encoder puts out stands behind them, and `run` hands it through."""
     targets: Sequence[Tensor]
     """By chunk, what the block puts out in the unchanged model; empty unless "targets" were asked for."""
     run: Callable[[Tensor], Tensor]
@@ -95,8 +96,6 @@ class InMemory:
         return []
 
 
-Arguments = tuple[tuple, dict]
-
 WHOLE = frozenset({"inputs", "targets"})
 """Needs that are no sums, so that processes cannot add them up."""
 
@@ -112,8 +111,7 @@ class BlockWalk:
 
     Raises:
         ConfigError: several processes and needs that take all samples to one place, or too few samples.
-        ModelError: blocks whose arguments depend on the text, calibration that gives NaN, or calibration of an
-            encoder-decoder.
+        ModelError: blocks whose arguments depend on the text, or calibration that gives NaN.
         DataError: token ids that do not fit the model.
     """
 
@@ -128,11 +126,6 @@ class BlockWalk:
         processes: Processes = ALONE,
     ):
         assert set(needs) <= set(NEEDS), f"{needs}: the walk knows {NEEDS}"
-        if calibration is not None and is_encoder_decoder(model):
-            what = "it is an encoder-decoder, and the block walk feeds the blocks of one stack to each other"
-            raise ModelError(
-                Problem(type(model).__name__, what, "use a method without calibration, such as nf4 or rtn")
-            )
         self.model = model
         self.blocks = decoder_layers(model)
         self.layers = layers
@@ -141,6 +134,7 @@ class BlockWalk:
         self.processes = processes
         self.store = store or InMemory()
         self.seconds = {"forward": 0.0, "statistics": 0.0}
+        self.two = TwoStacks(model, self.blocks) if calibration is not None and is_encoder_decoder(model) else None
         self.chunks = () if calibration is None else _chunks(model, calibration, processes)
         if processes.count > 1 and self.needs & WHOLE:
             what = f"the method works on all calibration samples at once, and {processes.count} processes have parts"
@@ -160,7 +154,12 @@ class BlockWalk:
             memory: dict[str, Any] = {}
             bar = tqdm(self.blocks, desc="block walk", unit="block", disable=not self.progress)
             for index, (name, block) in enumerate(bar):
-                run = partial(_run, block, arguments[index])
+                decoding = self.two is not None and index >= self.two.second
+                run = partial(self.two.run if self.two and decoding else _run, block, arguments[index])
+                if self.two and index == self.two.second:
+                    for held in (states, originals):
+                        if len(held):
+                            self.two.cross(held)
                 advance = index < unfinished[-1]
                 if index not in unfinished:
                     if advance:
@@ -172,7 +171,9 @@ class BlockWalk:
                 trim_heap()  # of what passed through the block
                 if advance or "targets" in self.needs:
                     self._advance(run, originals)
-                targets = originals if "targets" in self.needs else ()
+                targets: Sequence[Tensor] = originals if "targets" in self.needs else ()
+                if targets and self.two and decoding:
+                    targets = DecoderTargets(originals, states, self.two.length)
                 yield BlockTurn(name, block, wanted, found, states, targets, run, memory)
                 if advance:
                     self._advance(run, states)
@@ -192,19 +193,17 @@ class BlockWalk:
         hidden = self.store.activations()
         if not self.chunks:
             return hidden, [((), {})] * len(self.blocks)
-        arguments: list[Arguments] = []
         begin = time.monotonic()
         first = self.blocks[0][0]
         self.store.load("", original=True)
         self.store.load(first, original=True)
         device = next(self.blocks[0][1].parameters()).device
-        with _passing(self.blocks, arguments):
-            hidden.append(self._until_stopped(self.chunks[0].to(device)))
+        states, arguments = self._enter(self.chunks[0].to(device), self.blocks)
+        hidden.append(states)
         self.store.free(first)
         for chunk in self.chunks[1:]:
-            mine: list[Arguments] = []
-            with _passing(self.blocks[:1], mine):
-                hidden.append(self._until_stopped(chunk.to(device)))
+            states, mine = self._enter(chunk.to(device), self.blocks[:1])
+            hidden.append(states)
             if not _same(mine[0], arguments[0]):
                 what = "its blocks are called with arguments that depend on the text, which the block walk cannot give"
                 raise ModelError(Problem(type(self.model).__name__, what, "use a method without calibration"))
@@ -212,12 +211,15 @@ class BlockWalk:
         self.seconds["forward"] += time.monotonic() - begin
         return hidden, arguments
 
-    def _until_stopped(self, tokens: Tensor) -> Tensor:
-        try:
-            self.model(input_ids=tokens, use_cache=False)
-        except Stop as stop:
-            hidden: Tensor = stop.args[0]
-            return hidden
+    def _enter(self, tokens: Tensor, blocks: list[tuple[str, nn.Module]]) -> tuple[Tensor, list[Arguments]]:
+        """The hidden states of a chunk before the first block, and what else these blocks are called with."""
+        if self.two is not None:
+            return self.two.enter(tokens)
+        with passing(blocks) as passed:
+            try:
+                self.model(input_ids=tokens, use_cache=False)
+            except Stop:
+                return passed.entered[0], passed.arguments
         raise AssertionError("the model ran without calling its blocks")
 
     @torch.no_grad()
@@ -286,41 +288,6 @@ def _ended(run: Callable[[Tensor], Tensor], states: Tensor) -> bool:
     except Stop:
         return True
     return False
-
-
-@contextmanager
-def _passing(blocks: list[tuple[str, nn.Module]], arguments: list[tuple[tuple, dict]]) -> Iterator[None]:
-    """Let the blocks record what they are called with besides the hidden states, in order, and hand these through.
-
-    The last one ends the pass with Stop(hidden states). The first is run, unless it is the last, to see in what form
-    blocks return their result.
-    """
-    form: list[Any] = []
-
-    def stand_in(index: int, run: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            kwargs = dict(kwargs)
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            arguments.append((args[1:], kwargs))
-            if index == len(blocks) - 1:
-                raise Stop(hidden)
-            if not form:
-                form.append(run(*args, **kwargs) if args else run(hidden, **kwargs))
-            return hidden if isinstance(form[0], Tensor) else (hidden, *form[0][1:])
-
-        return forward
-
-    modules = [block for _, block in blocks]
-    own = [module.__dict__.get("forward") for module in modules]
-    for index, module in enumerate(modules):
-        module.forward = stand_in(index, module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
 
 
 def _chunks(model: nn.Module, calibration: Tensor, processes: Processes = ALONE) -> tuple[Tensor, ...]:

@@ -166,11 +166,6 @@ class Merge(Step):
     def check(self, shape: ModelShape, where: str) -> list[Problem]:
         return [item for merger in self._texts() for item in check_calibration(merger.text_needed(), shape, where)]
 
-    def decoder_only(self) -> str:
-        if not self._texts():
-            return ""
-        return "compensate: gptq calibrates block by block, which is for one stack of blocks -> leave compensate out"
-
     def leaves_bundle(self, earlier: list[Step]) -> bool:
         """Whether policy auto will have no choice but a bundle, told from the recipe alone."""
         states = frozenset[str]().union(*(step.states_added() for step in earlier))

@@ -28,7 +28,7 @@ from pipelines.plan import ModelShape, StepEstimate
 from pipelines.shrinking import check_shrink, estimate_shrink, run_shrink
 from pipelines.state import RunState
 from pipelines.steps.base import STEPS, Step, StepResult
-from pipelines.steps.quantize import goes_out_of_core
+from pipelines.steps.quantize import FROM_DISK, goes_out_of_core
 from pipelines.validation import nest
 
 METHODS = Annotated[
@@ -88,11 +88,7 @@ class Prune(Step):
     def decoder_only(self) -> str:
         if isinstance(self.pruner, Shrinker):
             return f'"{self.pruner.method}" cuts the blocks of one stack -> prune single weights: method: magnitude'
-        if not self.pruner.calibrates:
-            return ""
-        names = [name for name in PRUNERS if not PRUNERS.create(name).calibrates]
-        why = f'"{self.pruner.method}" calibrates block by block, and the blocks of two stacks are no one chain'
-        return f"{why} -> use one that needs no calibration: {', '.join(names)}"
+        return FROM_DISK if self.out_of_core is True and self.pruner.calibrates else ""
 
     def label(self) -> str:
         if isinstance(self.pruner, Shrinker):
@@ -108,7 +104,7 @@ class Prune(Step):
             blocks, calibration = calibration_text(state, self.pruner.calibration)
             notes = overlap_notes(state, blocks)
         work = folder / "checkpoints" / "walk"  # what stands under this name survives a kill
-        out_of_core = goes_out_of_core(self.out_of_core, state, work, notes, "pruned")
+        out_of_core = goes_out_of_core(self.out_of_core, state, work, notes, "pruned", blocks is not None)
         processes = current()
         for _, note in notes if processes.leads else ():
             print(f"warning: {note}", file=sys.stderr, flush=True)

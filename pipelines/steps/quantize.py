@@ -17,7 +17,7 @@ from compress_peft.data.blocks import CalibrationSettings
 from compress_peft.errors import ConfigError, ModelError, Problem
 from compress_peft.loading import load
 from compress_peft.models.empty import empty_model, match_folder
-from compress_peft.models.layers import linear_layers
+from compress_peft.models.layers import is_encoder_decoder, linear_layers
 from compress_peft.models.needs import estimate_walk, prefers_out_of_core
 from compress_peft.models.out_of_core import ACTIVATIONS_IN_MEMORY
 from compress_peft.models.processes import current
@@ -37,6 +37,8 @@ from pipelines.plan import ModelShape, StepEstimate
 from pipelines.state import RunState
 from pipelines.steps.base import STEPS, Step, StepResult
 from pipelines.validation import nest
+
+FROM_DISK = "calibration block by block from disk is for one stack of blocks -> leave out_of_core out"
 
 
 @STEPS.register
@@ -132,11 +134,7 @@ class Quantize(Step):
     def decoder_only(self) -> str:
         if self.rotate:
             return "rotate is for blocks like Llama's -> leave rotate out"
-        if not self.quantizer.needs:
-            return "smooth calibrates block by block -> leave smooth out" if self.smooth is not None else ""
-        names = [name for name in QUANTIZERS if not QUANTIZERS[name].needs]
-        why = f'"{self.quantizer.method}" calibrates block by block, and the blocks of two stacks are no one chain'
-        return f"{why} -> use one that needs no calibration: {', '.join(names)}"
+        return FROM_DISK if self.out_of_core is True and self.calibration() is not None else ""
 
     def label(self) -> str:
         return f"quantized ({self.quantizer.method})"
@@ -146,7 +144,7 @@ class Quantize(Step):
         notes = [] if blocks is None else self._overlap(state, blocks)
         work = folder / "checkpoints" / "walk"  # what stands under this name survives a kill
         setting = False if self.rotate else self.out_of_core
-        out_of_core = goes_out_of_core(setting, state, work, notes, "quantized")
+        out_of_core = goes_out_of_core(setting, state, work, notes, "quantized", blocks is not None)
         processes = current()
         for _, note in notes if processes.leads else ():
             print(f"warning: {note}", file=sys.stderr, flush=True)
@@ -249,7 +247,9 @@ class Quantize(Step):
             return self._estimate_blocks(shape, before)
         quantizer, calibration = self.quantizer, self.calibration()
         layers = dict(select_layers(shape.model, quantizer)[0])
-        walk = shape.walking(layers, self.statistics(), calibration, quantizer.block_copies, quantizer.keeps_activations)
+        walk = shape.walking(
+            layers, self.statistics(), calibration, quantizer.block_copies, quantizer.keeps_activations
+        )
         self._shrink_head(shape)
         shape.quantize(quantizer)
         after = shape.weight_bytes()
@@ -300,12 +300,18 @@ class Quantize(Step):
 
 
 def goes_out_of_core(
-    setting: bool | Literal["auto"], state: RunState, work: Path, notes: list[tuple[str, str]], done: str
+    setting: bool | Literal["auto"],
+    state: RunState,
+    work: Path,
+    notes: list[tuple[str, str]],
+    done: str,
+    calibrated: bool,
 ) -> bool:
     """Whether a step that can work block by block does so. work: the folder of an unfinished walk. Processes that share
     the step do as the first one says, which sees the folder and the memory at one time.
 
-    Adds to the notes where auto cannot do what it would; done: what the step does ("quantized").
+    Adds to the notes where auto cannot do what it would; done: what the step does ("quantized"); calibrated: whether on
+    calibration text, which out of core an encoder-decoder cannot have.
 
     Raises:
         ConfigError: it is asked for where it cannot work.
@@ -318,16 +324,18 @@ def goes_out_of_core(
         what = f"runs on the CPU, and the run's device is {state.device}"
         raise ConfigError(Problem("out_of_core", what, "set device: cpu, or leave out_of_core out"))
     processes = current()
-    return processes.from_first(processes.leads and (setting is True or _prefers(state, work, notes, done)))
+    return processes.from_first(processes.leads and (setting is True or _prefers(state, work, notes, done, calibrated)))
 
 
-def _prefers(state: RunState, work: Path, notes: list[tuple[str, str]], done: str) -> bool:
+def _prefers(state: RunState, work: Path, notes: list[tuple[str, str]], done: str, calibrated: bool) -> bool:
     """What auto stands for."""
     if work.exists():
         return True
     try:
         model = empty_model(state.backbone, state.dtype, state.recipe.model.trust_remote_code)
         if not prefers_out_of_core(model, state.dtype.itemsize * current().on_machine):
+            return False
+        if calibrated and is_encoder_decoder(model):
             return False
         match_folder(model, state.backbone)
     except ModelError as error:

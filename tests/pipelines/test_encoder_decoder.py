@@ -69,11 +69,30 @@ def test_generated_answers_are_scored(t5_recipe: dict[str, Any], tmp_path: Path)
     assert last["answer_loss"]["examples"] == 6 and last["storage"]["bits_per_weight"] < 6
 
 
+def test_calibrated_steps(t5_recipe: dict[str, Any], tmp_path: Path) -> None:
+    calibration = {"samples": 8, "length": 32}
+    t5_recipe["steps"] = [
+        {"step": "prune", "method": "wanda", "sparsity": 0.3, "calibration": calibration},
+        {"step": "quantize", "method": "gptq", "group_size": 32, "calibration": calibration},
+        t5_recipe["steps"][1],
+        {"step": "merge", "policy": "requantize", "compensate": "gptq", "calibration": calibration},
+    ]
+    plan = make_plan(parse_recipe(t5_recipe), Path("x"))
+    assert not plan.problems
+    out = tmp_path / "out"
+    assert main([str(write_recipe(tmp_path, t5_recipe)), "--output", str(out)]) == EXIT_DONE
+    stages = json.loads((out / "report.json").read_text())["stages"]
+    losses = [stage["answer_loss"]["value"] for stage in stages]
+    assert losses[3] < losses[2] - 0.3 and losses[4] < losses[2] - 0.3
+    model, _ = compress_peft.load(out / "steps" / "04-merge" / "model")
+    assert isinstance(model.decoder.block[1].layer[1].EncDecAttention.k.weight, CompressedWeight)
+
+
 @pytest.mark.parametrize(
     ("steps", "told"),
     [
-        ([{"step": "quantize", "method": "gptq"}], '"gptq" calibrates block by block'),
-        ([{"step": "prune", "method": "wanda", "sparsity": 0.5}], "use one that needs no calibration: magnitude"),
+        ([{"step": "quantize", "method": "gptq", "out_of_core": True}], "leave out_of_core out"),
+        ([{"step": "prune", "method": "wanda", "sparsity": 0.5, "out_of_core": True}], "leave out_of_core out"),
         ([{"step": "prune", "method": "shortgpt", "sparsity": 0.5}], "cuts the blocks of one stack"),
         ([{"step": "distill", "teacher": "original", "adapter": "lora"}], "train with a finetune step"),
         ([{"step": "quantize", "method": "rtn"}, {"step": "export", "format": "gguf"}], "runs decoder-only models"),

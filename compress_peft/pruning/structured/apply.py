@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress_peft.errors import ModelError, Problem
-from compress_peft.models.layers import decoder_layers
+from compress_peft.models.layers import decoder_layers, is_encoder_decoder
 from compress_peft.models.sparsity import pruning_pattern
 from compress_peft.pruning.structured.base import Shrinker
 from compress_peft.pruning.structured.plan import shrink
@@ -38,8 +38,12 @@ class ShrinkSummary:
 
 def check_model(model: nn.Module) -> None:
     """Raises:
-    ModelError: the model has compressed or adapted layers, or single weights are pruned."""
+    ModelError: the model has compressed or adapted layers or two stacks, or single weights are pruned."""
     where = type(model).__name__
+    if is_encoder_decoder(model):
+        raise ModelError(
+            Problem(where, "is an encoder-decoder, and blocks of one stack are cut", "prune single weights")
+        )
     if getattr(model, "peft_config", None):
         raise ModelError(Problem(where, "has an adapter", "merge it first, or shrink before finetune"))
     if any(isinstance(parameter, CompressedWeight) for parameter in model.parameters()):

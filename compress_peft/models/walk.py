@@ -134,7 +134,7 @@ class BlockWalk:
         self.processes = processes
         self.store = store or InMemory()
         self.seconds = {"forward": 0.0, "statistics": 0.0}
-        self.two = TwoStacks(model, self.blocks) if calibration is not None and is_encoder_decoder(model) else None
+        self.two: TwoStacks | None = None
         self.chunks = () if calibration is None else _chunks(model, calibration, processes)
         if processes.count > 1 and self.needs & WHOLE:
             what = f"the method works on all calibration samples at once, and {processes.count} processes have parts"
@@ -193,6 +193,7 @@ class BlockWalk:
         hidden = self.store.activations()
         if not self.chunks:
             return hidden, [((), {})] * len(self.blocks)
+        self.two = TwoStacks(self.model, self.blocks) if is_encoder_decoder(self.model) else None
         begin = time.monotonic()
         first = self.blocks[0][0]
         self.store.load("", original=True)

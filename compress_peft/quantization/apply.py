@@ -21,7 +21,7 @@ from compress_peft.models.processes import current
 from compress_peft.models.sparsity import kept_mask, pruned_layers, pruning_pattern
 from compress_peft.models.walk import BlockTurn, BlockWalk, InputStatistics
 from compress_peft.quantization.base import Quantizer
-from compress_peft.quantization.smoothquant import smooth_block
+from compress_peft.quantization.smoothquant import smooth_block, with_smoothing
 from compress_peft.tensors.finite import all_finite
 from compress_peft.weights import CompressedWeight
 
@@ -268,7 +268,7 @@ class Replacement(LayerJob[QuantizedLayer]):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (*self.quantizer.needs, *(() if self.smooth is None else ("largest",)))
+        return with_smoothing(self.quantizer.needs, self.smooth is not None)
 
     @property
     def copies(self) -> tuple[float, bool]:

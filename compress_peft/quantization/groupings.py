@@ -126,6 +126,9 @@ def find_groupings(turn: BlockTurn, shared: Container[str]) -> tuple[list[Groupi
             groups[tuple(targets)] = key, targets
     former = [layout.grouping(turn) for layout in turn.memory.get("groupings", ())]
     likely = {names: g for g in former if g and (names := tuple(g.targets)) in groups and not _untouchable(g, shared)}
+    # Of inputs that are always zero a search finds less than was known: resumed here, a walk would go another way.
+    silent = {name for name, _, given, _ in calls if not (given != 0).flatten(0, -2).any(0).all()}
+    likely = {names: g for names, g in likely.items() if not (isinstance(g.module, nn.Linear) and silent & {*names})}
     if likely and not _hold(list(likely.values()), run, chunk, base):
         likely = {}
     found: list[Grouping] = []

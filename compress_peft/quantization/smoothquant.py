@@ -42,6 +42,11 @@ class Smoothing(BaseModel):
         return {"alpha": value} if isinstance(value, int | float) else value
 
 
+def with_smoothing(needs: tuple[str, ...], smooth: bool) -> tuple[str, ...]:
+    """What a walk has to see for a quantizer that needs this, smoothed first or not."""
+    return (*needs, "largest") if smooth else needs
+
+
 @torch.no_grad()
 def smooth_block(turn: BlockTurn, shared: Container[str], alpha: float) -> list[tuple[str, str]]:
     """Scale the layers of the block that follow a norm, and their statistics, which must have "largest". Returns notes.

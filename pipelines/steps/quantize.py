@@ -29,7 +29,7 @@ from compress_peft.quantization.base import affine_bits
 from compress_peft.quantization.head import HeadBits, QuantizedHead, head_group, quantize_head
 from compress_peft.quantization.mixed import Mixed
 from compress_peft.quantization.quarot import rotate_model, rotation_problems
-from compress_peft.quantization.smoothquant import Smoothing
+from compress_peft.quantization.smoothquant import Smoothing, with_smoothing
 from compress_peft.registry import changed
 from eval.memory import layer_bytes
 from pipelines.calibration import calibration_text, check_calibration, overlap_notes
@@ -116,7 +116,7 @@ class Quantize(Step):
 
     def statistics(self) -> tuple[str, ...]:
         """Of NEEDS, what the walk over the blocks has to see."""
-        return (*self.quantizer.needs, *(() if self.smooth is None else ("largest",)))
+        return with_smoothing(self.quantizer.needs, self.smooth is not None)
 
     def calibration(self) -> CalibrationSettings | None:
         """None if nothing needs data."""
@@ -214,8 +214,9 @@ class Quantize(Step):
         settings = self.calibration()
         if settings is None or settings.text is not None:
             return None
-        what = f'"{self.quantizer.method}"' if self.quantizer.needs else "smooth"
-        return f"{what} calibrates on the training split (or on calibration: {{text: FILE}})"
+        if not self.quantizer.needs:
+            return "smooth calibrates on the training split (or on smooth: {calibration: {text: FILE}})"
+        return f'"{self.quantizer.method}" calibrates on the training split (or on calibration: {{text: FILE}})'
 
     def check(self, shape: ModelShape, where: str) -> list[Problem]:
         settings = self.calibration()

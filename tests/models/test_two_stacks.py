@@ -160,6 +160,12 @@ def test_pruning(method: str) -> None:
     assert errors[method] < errors["magnitude"]
 
 
+def test_a_second_walk_starts_anew() -> None:
+    walk = BlockWalk(build("t5"), CALIBRATION, {}, False, ("inputs",))
+    first, second = ([torch.cat(list(turn.inputs)) for turn in walk] for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     model, quantizer = build("t5"), QUANTIZERS.create("gptq", group_size=32)
     with pytest.raises(DataError, match="too short for two stacks"):

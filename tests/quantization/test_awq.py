@@ -139,6 +139,18 @@ def test_a_block_is_tried_as_the_one_before(tiny_llama) -> None:
     assert [(g.source, g.index.tolist()) for g in again] == [(g.source, g.index.tolist()) for g in found]
 
 
+def test_what_is_known_does_not_outlive_a_kill(tiny_llama) -> None:
+    """Where a head's value is always zero, a search cannot tell which output feeds which input: nor may the block
+    before, since a walk that goes on there has none."""
+    second = tiny_llama.model.layers[1]
+    second.self_attn.v_proj.weight.data[5] = 0
+    for turn in BlockWalk(tiny_llama, CALIBRATION, dict(linear_layers(tiny_llama)), progress=False):
+        known = [g.source for g in find_groupings(turn, ())[0]]
+    turn.memory.clear()
+    assert known == [g.source for g in find_groupings(turn, ())[0]]
+    assert not any("v_proj" in source for source in known) and any("up_proj" in source for source in known)
+
+
 def test_shared_weights_are_not_touched(tiny_llama) -> None:
     first, second = tiny_llama.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight

@@ -141,7 +141,8 @@ def test_what_a_recipe_may_say() -> None:
     assert smooth(True).smooth.alpha == 0.5 and smooth(0.75).smooth.alpha == 0.75 and smooth(0).smooth.alpha == 0
     assert smooth(False).smooth is None and smooth(None).requires_data() is None
     assert "smooth calibrates on the training split" in smooth(True).requires_data()
-    assert "leave smooth out" in smooth(True).decoder_only()
+    assert smooth(True).decoder_only() == "" and "out_of_core" in smooth(True, out_of_core=True).decoder_only()
+    assert smooth(None, out_of_core=True).decoder_only() == ""
     for value, settings, message in (
         (1.5, {}, "less than or equal to 1"),
         ({"beta": 1}, {}, "Extra inputs"),

@@ -4,8 +4,9 @@
     python benchmarks/llama7b_shapes.py --work /tmp/llama7b --methods gptq --layers 4 --kill-after-blocks 2
 
 Writes the dense model once (bf16, 13.5 GB with all 32 blocks; kept for the next call until --delete), and quantizes
-it in a process of its own, whose peak resident memory is what is reported. With --kill-after-blocks N a second run is
-killed (SIGKILL) once N blocks are finished and started again; its result must have the same checksum.
+it in a process of its own, whose peak resident memory is what is reported. With --kill-after-blocks N a second process
+takes over what the first had on disk after N - 1 blocks (a copy, so that nothing is worked out twice), is killed
+(SIGKILL) once it has finished block N, and is started again; the result must have the same checksum.
 """
 
 from __future__ import annotations
@@ -102,12 +103,14 @@ def quantize(arguments: argparse.Namespace) -> None:
     if quantizer.needs:
         shape = (arguments.samples, arguments.length)
         calibration = torch.randint(3, 259, shape, generator=torch.Generator().manual_seed(1))
-    left = arguments.kill_after_blocks
+    finished = 0
 
     def count(_: str) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
+        nonlocal finished
+        finished += 1
+        if finished == arguments.copy_after_blocks:
+            shutil.copytree(unfinished(arguments.target), unfinished(second(arguments.target)))
+        if finished == arguments.kill_after_blocks:
             os.kill(os.getpid(), signal.SIGKILL)
 
     begin, start = time.monotonic(), peak_bytes()
@@ -130,6 +133,15 @@ def quantize(arguments: argparse.Namespace) -> None:
     print(json.dumps(facts))
 
 
+def unfinished(target: Path) -> Path:
+    """Where `quantize_folder` keeps what it has of the target."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def second(target: Path) -> Path:
+    return target.with_name(f"{target.name}-killed")
+
+
 def peak_bytes() -> int:
     """The largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -142,14 +154,14 @@ def checksum(folder: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def run(arguments: argparse.Namespace, model: Path, target: Path, method: str, kill: int = 0) -> dict[str, Any] | None:
-    """The facts that `quantize` prints; None if it was killed."""
+def run(arguments: argparse.Namespace, model: Path, target: Path, method: str, **after: int) -> dict[str, Any] | None:
+    """The facts that `quantize` prints; None if it was killed. after: of blocks, copy_after or kill_after."""
     command = [sys.executable, "-W", "ignore", __file__, "--methods", method]
     command += ["--model", str(model), "--target", str(target), "--dtype", arguments.dtype]
     command += ["--samples", str(arguments.samples), "--length", str(arguments.length)]
-    command += ["--kill-after-blocks", str(kill)]
+    command += [f"--{key.replace('_', '-')}-blocks={value}" for key, value in after.items()]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    if kill and done.returncode == -signal.SIGKILL:
+    if after.get("kill_after") and done.returncode == -signal.SIGKILL:
         return None
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -158,21 +170,24 @@ def run(arguments: argparse.Namespace, model: Path, target: Path, method: str, k
 
 def measure(arguments: argparse.Namespace, model: Path, method: str) -> bool:
     """Print what one method takes; whether a killed run ends with the same checksum."""
-    target = arguments.work / f"result-{method}"
-    shutil.rmtree(target, ignore_errors=True)
-    facts = run(arguments, model, target, method)
+    target, kill = arguments.work / f"result-{method}", arguments.kill_after_blocks
+    for folder in (target, second(target)):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(unfinished(folder), ignore_errors=True)
+    facts = run(arguments, model, target, method, copy_after=max(kill - 1, 0))
     assert facts is not None
     digest = checksum(target)
     print(f"{method}: " + ", ".join(f"{k} {v:.4g}" for k, v in facts.items()) + f", sha256 {digest[:16]}", flush=True)
     shutil.rmtree(target)
-    if not arguments.kill_after_blocks:
+    if not kill:
         return True
-    killed = run(arguments, model, target, method, kill=arguments.kill_after_blocks)
+    target = second(target)
+    killed = run(arguments, model, target, method, kill_after=1)
     assert killed is None, "there were fewer blocks: it was not killed"
     facts = run(arguments, model, target, method)
     assert facts is not None
     same = checksum(target) == digest
-    what = f"{method}: killed after {arguments.kill_after_blocks} blocks and resumed ({facts['seconds']} s)"
+    what = f"{method}: killed after {kill} blocks and resumed ({facts['seconds']} s, peak {facts['peak_gb']:.4g} GB)"
     print(f"{what}: {'the same checksum' if same else 'ANOTHER CHECKSUM'}", flush=True)
     shutil.rmtree(target)
     return same
@@ -187,10 +202,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations and uncompressed weights")
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences (random bytes)")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
-    parser.add_argument(
-        "--kill-after-blocks", type=int, default=0, metavar="N", help="kill a second run, and resume it"
-    )
+    parser.add_argument("--kill-after-blocks", type=int, default=0, metavar="N", help="kill a second run and resume it")
     parser.add_argument("--delete", action="store_true", help="delete the dense model at the end")
+    parser.add_argument("--copy-after-blocks", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -118,38 +118,52 @@ AVX2 static void dequant_avx2(const Weight *w, int64_t begin, int64_t end, float
     dequant_portable(w, i, end, scale, f32, bf16);
 }
 
-INLINE AVX2 void dot_avx2_rows(const Weight *w, int64_t row, int64_t k, const float *x, const int rows, float *out,
-                               int64_t stride) {
-    const Planes planes = load_planes(w->grid);
-    __m256 total[4];
-    for (int r = 0; r < rows; r++) total[r] = _mm256_setzero_ps();
+/* `width` rows of the weight: sums that do not wait for each other, and share what is read of x. */
+INLINE AVX2 void dot_avx2_tile(const Weight *w, const Planes *planes, int64_t row, const int width, int64_t k,
+                               const float *x, const int rows, float *out, int64_t stride) {
+    __m256 total[WIDTH][4];
+    for (int j = 0; j < width; j++)
+        for (int r = 0; r < rows; r++) total[j][r] = _mm256_setzero_ps();
     const uint8_t *codes = w->codes + row * k / 2;
-    const int64_t first = row * k / w->block;
-    for (int64_t start = 0, b = first; start < k; start += w->block, b++) {
-        __m256 sum[4];
-        for (int r = 0; r < rows; r++) sum[r] = _mm256_setzero_ps();
-        for (int64_t i = start; i < start + w->block; i += UNIT) {
-            __m256 value[4];
-            decode_avx2(&planes, codes + i / 2, value);
-            for (int j = 0; j < 4; j++)
-                for (int r = 0; r < rows; r++)
-                    sum[r] = _mm256_fmadd_ps(value[j], _mm256_loadu_ps(x + r * k + i + 8 * j), sum[r]);
+    for (int64_t start = 0, b = row * k / w->block; start < k; start += w->block, b++) {
+        __m256 sum[WIDTH][4];
+        for (int j = 0; j < width; j++)
+            for (int r = 0; r < rows; r++) sum[j][r] = _mm256_setzero_ps();
+        for (int64_t i = start; i < start + w->block; i += UNIT)
+            for (int j = 0; j < width; j++) {
+                __m256 value[4];
+                decode_avx2(planes, codes + (j * k + i) / 2, value);
+                for (int v = 0; v < 4; v++)
+                    for (int r = 0; r < rows; r++)
+                        sum[j][r] = _mm256_fmadd_ps(value[v], _mm256_loadu_ps(x + r * k + i + 8 * v), sum[j][r]);
+            }
+        for (int j = 0; j < width; j++) {
+            const __m256 scale = _mm256_set1_ps(scale_of(w, b + j * (k / w->block)));
+            for (int r = 0; r < rows; r++) total[j][r] = _mm256_fmadd_ps(scale, sum[j][r], total[j][r]);
         }
-        const __m256 scale = _mm256_set1_ps(scale_of(w, b));
-        for (int r = 0; r < rows; r++) total[r] = _mm256_fmadd_ps(scale, sum[r], total[r]);
     }
-    for (int r = 0; r < rows; r++) out[r * stride] = sum_avx2(total[r]);
+    for (int j = 0; j < width; j++)
+        for (int r = 0; r < rows; r++) out[r * stride + j] = sum_avx2(total[j][r]);
 }
 
 AVX2 static void dot_avx2(const Weight *w, int64_t row, int width, int64_t k, const float *x, int rows, float *out,
                           int64_t stride) {
-    for (; rows > 0; rows -= 4, x += 4 * k, out += 4 * stride)
-        for (int j = 0; j < width; j++) {
-            if (rows >= 4) dot_avx2_rows(w, row + j, k, x, 4, out + j, stride);
-            if (rows == 3) dot_avx2_rows(w, row + j, k, x, 3, out + j, stride);
-            if (rows == 2) dot_avx2_rows(w, row + j, k, x, 2, out + j, stride);
-            if (rows == 1) dot_avx2_rows(w, row + j, k, x, 1, out + j, stride);
+    const Planes planes = load_planes(w->grid);
+    for (; rows > 0; rows -= 4, x += 4 * k, out += 4 * stride) {
+        int j = 0;
+        if (rows == 1 && width == WIDTH) {
+            dot_avx2_tile(w, &planes, row, WIDTH, k, x, 1, out, stride);
+            continue;
         }
+        if (rows == 2)
+            for (; j + 2 <= width; j += 2) dot_avx2_tile(w, &planes, row + j, 2, k, x, 2, out + j, stride);
+        for (; j < width; j++) {
+            if (rows >= 4) dot_avx2_tile(w, &planes, row + j, 1, k, x, 4, out + j, stride);
+            if (rows == 3) dot_avx2_tile(w, &planes, row + j, 1, k, x, 3, out + j, stride);
+            if (rows == 2) dot_avx2_tile(w, &planes, row + j, 1, k, x, 2, out + j, stride);
+            if (rows == 1) dot_avx2_tile(w, &planes, row + j, 1, k, x, 1, out + j, stride);
+        }
+    }
 }
 
 /* AVX-512: vpermps takes only the low 4 bits of an index, so a zero-extended byte is the index of its low nibble.

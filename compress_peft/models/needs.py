@@ -14,7 +14,7 @@ from torch import nn
 
 from compress_peft.errors import MissingRequirement, Problem
 from compress_peft.models.layers import decoder_layers, linear_layers
-from compress_peft.models.walk import CHUNK_TOKENS
+from compress_peft.models.walk import chunk_tokens
 
 LAYER_COPIES = 5
 """Float32 matrices like the largest layer while it is changed: a working copy, codes or ranks of the weights, the
@@ -122,7 +122,7 @@ def walk_bytes(
     widths = BlockWidths.of(model)
     lists = max(_streams(needs), 2 if kept and copies else 1)
     states = float(lists * samples * length * widths.hidden * each)
-    chunk = min(max(CHUNK_TOKENS, length), samples * length)
+    chunk = min(max(chunk_tokens(needs), length), samples * length)
     held = 2 * widths.hidden + widths.attention  # inputs of layers, until the pass ends
     passing = 4.0 * chunk * (widths.passing + held) * (2 if "drift" in needs else 1)
     if kept:  # while others pass, backwards or in a second pass

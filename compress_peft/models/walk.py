@@ -11,7 +11,7 @@ Only the activations between two blocks are kept, for all calibration tokens, an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Container, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -30,6 +30,12 @@ from compress_peft.models.two_stacks import Arguments, DecoderTargets, TwoStacks
 
 CHUNK_TOKENS = 2048
 """Tokens in one pass through a block: enough to keep the matrix products busy."""
+
+
+def chunk_tokens(needs: Container[str]) -> int:
+    """Of a pass in a walk with these needs. Who wants targets trains the block, and what a pass keeps for the way back
+    is its peak memory: half as many do there."""
+    return CHUNK_TOKENS // 2 if "targets" in needs else CHUNK_TOKENS
 
 
 @dataclass
@@ -135,7 +141,7 @@ class BlockWalk:
         self.store = store or InMemory()
         self.seconds = {"forward": 0.0, "statistics": 0.0}
         self.two: TwoStacks | None = None
-        self.chunks = () if calibration is None else _chunks(model, calibration, processes)
+        self.chunks = () if calibration is None else _chunks(model, calibration, chunk_tokens(needs), processes)
         if processes.count > 1 and self.needs & WHOLE:
             what = f"the method works on all calibration samples at once, and {processes.count} processes have parts"
             raise ConfigError(Problem("calibration", what, "start it in one process, or use another method"))
@@ -275,6 +281,7 @@ class BlockWalk:
                 self.store.load(name, original)
                 self._advance(run, held)
                 self.store.free(name)
+                trim_heap()
 
 
 def _run(block: nn.Module, arguments: Arguments, states: Tensor) -> Tensor:
@@ -291,8 +298,9 @@ def _ended(run: Callable[[Tensor], Tensor], states: Tensor) -> bool:
     return False
 
 
-def _chunks(model: nn.Module, calibration: Tensor, processes: Processes = ALONE) -> tuple[Tensor, ...]:
-    """The rows of this process in equal chunks, so that the blocks' other arguments fit all of them."""
+def _chunks(model: nn.Module, calibration: Tensor, tokens: int, processes: Processes) -> tuple[Tensor, ...]:
+    """The rows of this process in chunks of at most this many tokens, or of one row; equal, so that the blocks' other
+    arguments fit all of them."""
     config: Any = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None)
     vocabulary = getattr(config, "vocab_size", None)
@@ -307,7 +315,7 @@ def _chunks(model: nn.Module, calibration: Tensor, processes: Processes = ALONE)
         raise DataError(Problem("calibration", what, "correct the calibration"))
     calibration = processes.part(calibration)
     samples, length = calibration.shape
-    rows = max(rows for rows in range(1, samples + 1) if samples % rows == 0 and rows <= max(1, CHUNK_TOKENS // length))
+    rows = max(rows for rows in range(1, samples + 1) if samples % rows == 0 and rows <= max(1, tokens // length))
     return calibration.split(rows)
 
 

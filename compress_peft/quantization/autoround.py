@@ -73,7 +73,7 @@ class AutoRound(Quantizer):
     """Size of the first step, from which it falls to 0; null: 1 / iters, and 0.005 in the light preset."""
 
     batch_size: int = Field(default=8, gt=0)
-    """Calibration samples a step, rounded to the chunks in which the blocks are run (2048 tokens or one sample)."""
+    """Calibration samples a step, rounded to the chunks in which the blocks are run (1024 tokens or one sample)."""
 
     grid: Literal["weighted", "minmax"] = "weighted"
     """Where the ranges start. weighted: where rounding to nearest costs least on the calibration inputs
@@ -312,13 +312,13 @@ class _Block(nn.Module):
         """The summed loss over the chunks, and its gradients by what is tuned."""
         rounded = {name: found.rounded() for name, found in rounding.items()}
         weights = {name: now.weight.requires_grad_() for name, now in rounded.items()}
-        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()]
+        sums: list[Tensor] = []
         loss = 0.0
         for states, wanted in batch:
             with torch.enable_grad():
                 part = self.loss(weights, states, wanted)
-            for total, gradient in zip(sums, torch.autograd.grad(part, list(weights.values())), strict=True):
-                total += gradient
+            found = torch.autograd.grad(part, list(weights.values()))
+            sums = [t.add_(g) for t, g in zip(sums, found, strict=True)] if sums else [g.float() for g in found]
             loss += part.item()
         pairs = zip(rounding.items(), sums, strict=True)
         return loss, [g for (name, found), total in pairs for g in found.pull_back(rounded[name], total, clip)]

@@ -5,8 +5,9 @@ and blocks one method is at most another. (Methods such as AutoRound minimise th
     python benchmarks/layer_errors.py --model FOLDER --blocks 0,15,29 rtn gptq awq "autoround preset=light"
 
 With --through, instead: each method quantizes the whole model, block after block, and what the residual stream has
-become after each block is compared with that of the unchanged model, token by token (a few have a hundred times the
-norm of the others), on text that calibrated nothing. Errors of earlier blocks are in it, and what later ones make up.
+become after each block is compared with that of the unchanged model, token by token (SmolLM2's first one has a hundred
+times the norm of the others), on text that calibrated nothing. Errors of earlier blocks are in it, and what later ones
+make up.
 
     python benchmarks/layer_errors.py --model FOLDER --through gptq "autoround iters=30 lr=0.005"
 
